@@ -1,0 +1,1 @@
+"""Tower features to language model inputs: projectors and token compressors."""

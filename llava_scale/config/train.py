@@ -1,0 +1,87 @@
+"""Settings of the training loop, and the root of the tree."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from llava_scale.config.base import section
+from llava_scale.config.data import DataConfig
+from llava_scale.config.model import ModelConfig
+from llava_scale.errors import ConfigError
+
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+@section
+class TrainConfig:
+    """What is trained, for how long, at which rates."""
+
+    stage: Literal["align", "instruct"] = "instruct"
+    """``align`` trains projector and compressors; ``instruct`` also the language model."""
+    trainable: dict[str, float] = Field(default_factory=dict)
+    """Regular expression on parameter names -> learning rate (0 freezes); later rules win over the stage's."""
+    output_dir: str = "runs/train"
+    """Run folder: config, log, checkpoints, final model."""
+    steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps; 0 derives them from ``epochs``."""
+    epochs: NonNegative = 1.0
+    """Passes over the training samples, where ``steps`` is 0."""
+    rows_per_step: Count = 1
+    """Rows (micro-batches) in one global optimizer step, over all ranks; ranks must divide it."""
+    learning_rate: NonNegative = 2e-5
+    """Peak learning rate of everything without a rule of its own."""
+    warmup_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.03
+    """Share of the steps in which the learning rate rises linearly from 0."""
+    min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Learning rate at the end of the cosine, as a share of the peak."""
+    weight_decay: NonNegative = 0.0
+    """AdamW's decoupled decay; never on biases and norms."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decays."""
+    adam_eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: NonNegative = 1.0
+    """Global gradient norm is clipped to this; 0 does not clip."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Type of the matrix work (autocast); weights and optimizer stay in ``model.torch_dtype``."""
+    gradient_checkpointing: bool = False
+    """Recompute the language model's layers in the backward pass instead of holding them."""
+    max_bad_steps: Count = 5
+    """Steps in a row with a non-finite loss or gradient that stop the run."""
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between held-out evaluations; 0 evaluates at the end only."""
+    eval_rows: Count = 64
+    """Most rows of one held-out evaluation."""
+    save_every: Annotated[int, Field(ge=0)] = 500
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints kept."""
+    log_every: Count = 10
+    """Steps between lines of the log."""
+    loss_chunk: Count = 2048
+    """Supervised positions whose logits are held at once."""
+    device: str = "auto"
+    """``auto``, ``cpu`` or ``cuda``."""
+
+
+@section
+class Config:
+    """Everything one run needs."""
+
+    name: str = "train"
+    """Name of the run in reports."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of weights, sample order and every other draw."""
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    """Which towers, projector and language model."""
+    data: DataConfig = Field(default_factory=DataConfig)
+    """Which samples, in which order, packed how."""
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    """What is trained, for how long, at which rates."""
+
+    def __post_init__(self) -> None:
+        if not (self.model.init_from or self.model.preset or self.model.language_model):
+            raise ConfigError("model: set one of init_from, preset or language_model")

@@ -1,0 +1,1 @@
+"""Raw files to packed rows: shards, their index, order, packing and the streaming loader."""

@@ -1,0 +1,1 @@
+"""Towers, compressors and language model in one differentiable whole, Hugging Face native."""

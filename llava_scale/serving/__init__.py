@@ -1,0 +1,1 @@
+"""Answering: the generation engine and what is served on top of it."""

@@ -1,0 +1,203 @@
+"""The values that cross module borders, with their shapes.
+
+Legend: ``S`` tokens in a row, ``K`` samples in a row, ``F`` frames, ``C`` channels, ``H``/``W`` pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+MediaKind = Literal["image", "video", "audio"]
+Role = Literal["system", "user", "assistant"]
+
+MEDIA_KINDS: tuple[MediaKind, ...] = ("image", "video", "audio")
+PLACEHOLDERS: dict[MediaKind, str] = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
+"""The marker of each kind in the text; matched in order with the media of that kind."""
+
+IGNORE_INDEX = -100
+"""Label of a token that is not supervised, as in transformers."""
+
+Grid = tuple[int, int, int]
+"""Tokens of one medium before compression: frames, rows, columns. Sound is ``(1, 1, n)``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a conversation; placeholders stand in ``text``."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaInfo:
+    """What is known of a medium before it is decoded; enough to count its tokens.
+
+    Attributes:
+        kind: Kind of medium.
+        width: Pixels; 0 for sound or where unknown.
+        height: Pixels; 0 for sound or where unknown.
+        num_frames: Frames of a video as stored, 1 for an image, 0 where unknown.
+        duration_s: Seconds of a video or sound; 0.0 for an image or where unknown.
+    """
+
+    kind: MediaKind
+    width: int = 0
+    height: int = 0
+    num_frames: int = 0
+    duration_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaTokens:
+    """How many tokens a medium takes in the text, and the grid they come from."""
+
+    grid: Grid
+    num_tokens: int
+
+
+class MediaTokenCounter(Protocol):
+    """Promise of the model to the data layer: token counts without running anything.
+
+    Implementations are pickled into loader workers, so they hold no weights.
+    """
+
+    def count(self, info: MediaInfo, *, step: int | None) -> MediaTokens:
+        """Tokens of one medium at optimizer step ``step``; ``None`` means evaluation (final ratio)."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes whenever any count could change."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """A decoded medium.
+
+    Attributes:
+        kind: Kind of medium.
+        data: image uint8 ``(3, H, W)``; video uint8 ``(F, 3, H, W)``; audio float32 ``(N,)`` in [-1, 1].
+        times_s: Video only: presentation time of each frame in seconds.
+    """
+
+    kind: MediaKind
+    data: Tensor
+    times_s: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One conversation with its media still encoded, as read from a shard.
+
+    Attributes:
+        key: Key of the sample, unescaped.
+        shard: Shard (or file) that it came from, for messages.
+        turns: The conversation, in order.
+        media: Per kind the encoded files, in order: (extension without dot, bytes).
+        extra: Every other field of the sample's json (``id`` and ``conversations`` left out).
+    """
+
+    key: str
+    shard: str
+    turns: tuple[Turn, ...]
+    media: dict[MediaKind, tuple[tuple[str, bytes], ...]] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkippedSample:
+    """A sample that could not be used: where it lies and why."""
+
+    shard: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedRow:
+    """Whole samples laid end to end: one micro-batch.
+
+    Attributes:
+        input_ids: ``(S,)`` int64; a medium's positions hold its placeholder's token id.
+        labels: ``(S,)`` int64; ``IGNORE_INDEX`` where unsupervised, aligned with ``input_ids`` (not shifted).
+        position_ids: ``(S,)`` int64, restarting at 0 with each sample.
+        cu_seq_lens: ``(K + 1,)`` int32 offsets of the samples.
+        pixel_values: ``(I, 3, H, W)`` uint8 pictures in order of appearance, or None.
+        image_grids: One grid a picture.
+        image_num_tokens: Tokens each picture takes in ``input_ids``.
+        pixel_values_videos: ``(F, 3, H, W)`` uint8 frames of all videos in order, or None.
+        video_grids: One grid a video; their first entries sum to ``F``.
+        video_num_tokens: Tokens each video takes in ``input_ids``.
+        audio_values: Waveforms or features of all sounds in order (set by the audio tower's front end), or None.
+        audio_grids: One grid a sound.
+        audio_num_tokens: Tokens each sound takes in ``input_ids``.
+        instructions: Per medium, in order of appearance over all kinds: the human turns of its sample without placeholders.
+        keys: Keys of the samples, in order.
+        skipped: Samples that were planned into this row and could not be used.
+        step: Optimizer step that the counts were made for; None at evaluation.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    cu_seq_lens: Tensor
+    pixel_values: Tensor | None = None
+    image_grids: tuple[Grid, ...] = ()
+    image_num_tokens: tuple[int, ...] = ()
+    pixel_values_videos: Tensor | None = None
+    video_grids: tuple[Grid, ...] = ()
+    video_num_tokens: tuple[int, ...] = ()
+    audio_values: Tensor | None = None
+    audio_grids: tuple[Grid, ...] = ()
+    audio_num_tokens: tuple[int, ...] = ()
+    instructions: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    skipped: tuple[SkippedSample, ...] = ()
+    step: int | None = None
+
+    @property
+    def num_supervised(self) -> int:
+        """Number of supervised tokens: the row's share of the loss denominator.
+
+        The first token of a sample has no predecessor inside its sample and never counts.
+        """
+        supervised = self.labels != IGNORE_INDEX
+        supervised[self.cu_seq_lens[:-1].long()] = False
+        return int(supervised.sum())
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Tokens that pictures and videos take in the row."""
+        return sum(self.image_num_tokens) + sum(self.video_num_tokens)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> PackedRow:
+        """Return the row with its tensors on ``device``."""
+        moved: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if hasattr(value, "to") and hasattr(value, "dtype"):
+                moved[item.name] = value.to(device, non_blocking=non_blocking)
+        return replace(self, **moved)
+
+    def pin_memory(self) -> PackedRow:
+        """Return the row in page-locked memory, for asynchronous copies to a device."""
+        moved: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if hasattr(value, "pin_memory"):
+                moved[item.name] = value.pin_memory()
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBatch:
+    """The rows that one rank works on in one optimizer step: its micro-batches, in order."""
+
+    step: int
+    rows: tuple[PackedRow, ...]
