@@ -137,7 +137,8 @@ class PackedRow:
         audio_values: Waveforms or features of all sounds in order (set by the audio tower's front end), or None.
         audio_grids: One grid a sound.
         audio_num_tokens: Tokens each sound takes in ``input_ids``.
-        instructions: Per medium, in order of appearance over all kinds: the human turns of its sample without placeholders.
+        instructions: Per medium, in order of appearance over all kinds: the human turns of its sample without
+            placeholders.
         keys: Keys of the samples, in order.
         skipped: Samples that were planned into this row and could not be used.
         step: Optimizer step that the counts were made for; None at evaluation.

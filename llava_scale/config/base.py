@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from typing_extensions import dataclass_transform
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 T = TypeVar("T")
 
@@ -19,5 +16,4 @@ _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_def
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def section(cls: type[T]) -> type[T]:
     """Class decorator: a frozen, keyword-only dataclass that checks types and refuses unknown keys."""
-    make: Callable[[type[T]], type[T]] = dataclass(frozen=True, kw_only=True, config=_STRICT)
-    return make(cls)
+    return dataclass(frozen=True, kw_only=True, config=_STRICT)(cls)  # type: ignore[return-value]

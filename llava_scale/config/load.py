@@ -79,24 +79,21 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: the value is not YAML; quote it") from None
-    node: Any = tree
     *parents, leaf = key.split(".")
+    node: Any = tree
     for part in parents:
-        if isinstance(node, list):
-            node = node[_position(node, part, override)]
-        else:
-            node = node.setdefault(part, {})
+        node = node[_slot(node, part, override)] if isinstance(node, list) else node.setdefault(part, {})
         if not isinstance(node, dict | list):
             raise ConfigError(f"override {override!r}: {part!r} is a value, not a section")
-    if isinstance(node, list):
-        node[_position(node, leaf, override)] = value
-    else:
-        node[leaf] = value
+    node[_slot(node, leaf, override)] = value
 
 
-def _position(items: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(items):
-        raise ConfigError(f"override {override!r}: {part!r} is not a position in a list of {len(items)}")
+def _slot(node: dict[str, Any] | list[Any], part: str, override: str) -> Any:
+    """Key of a mapping, or position in a list, that ``part`` of an override's key names."""
+    if isinstance(node, dict):
+        return part
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(f"override {override!r}: {part!r} is not a position in a list of {len(node)}")
     return int(part)
 
 

@@ -1,0 +1,45 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install quickstart real test test-all test-gpu bench lint format clean
+
+install: $(STAMP) ## make the virtual environment with pinned packages
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[image,remote,plot,dev]'
+	touch $(STAMP)
+
+quickstart: install ## synthetic data -> shards -> training -> held-out scores -> report
+	$(BIN)/llava-scale quickstart --out runs/quickstart
+
+real: install ## real pictures, real language model, real vision tower
+	$(BIN)/python examples/tuxpaint/run.py --out runs/real
+
+test: install lint ## the fast suite
+	$(BIN)/pytest -n 2 -m "not slow and not gpu"
+
+test-all: install lint ## everything that needs no GPU
+	$(BIN)/pytest -n 2 -m "not gpu" --timeout 1800
+
+test-gpu: install ## what needs a CUDA device
+	$(BIN)/pytest -m gpu
+
+bench: install ## ratios against peers
+	for script in benchmarks/*_*.py; do $(BIN)/python $$script || exit 1; done
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the virtual environment and caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
