@@ -1,0 +1,132 @@
+"""The ``tiny`` preset: a small random model with a tokenizer of its own, for tests and the quickstart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
+
+START, END = "<|im_start|>", "<|im_end|>"
+PAD = "<pad>"
+VOCABULARY_MULTIPLE = 64
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+WORDS = (
+    "a an and answer any are assistant at background behind below beside between big black blue bottom by center "
+    "circle closer color colors compare corner count cyan dark describe diamond different do does down each eight "
+    "fewer first five four frame from front gray green has have heard high how hundred in inside is it large larger "
+    "last left less light loud low many middle more most move moves name nine no none nothing object objects of on "
+    "one or orange other outside over picture pink pitch position purple quiet rectangle red right same second see "
+    "seven shape shapes show shown shows side six size small smaller sound square star system tell ten than that the "
+    "there these thing things third this three to top triangle two under up user video was what where which white "
+    "with word yellow yes you"
+)
+"""Words that are one token each, with and without a space before them and with a capital letter; any other text
+falls back to bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinySizes:
+    """All sizes of the preset.
+
+    Attributes:
+        image_size: Side of the picture in pixels.
+        patch_size: Side of a patch in pixels.
+        vision_width: Width of the vision tower.
+        vision_layers: Blocks of the vision tower before it is cut.
+        vision_heads: Attention heads of the vision tower.
+        text_width: Width of the language model.
+        text_layers: Layers of the language model.
+        text_heads: Attention heads of the language model.
+        text_kv_heads: Key/value heads of the language model.
+        mlp_ratio: Width of the feed-forward layers over the width of the model.
+        max_positions: Longest text in tokens.
+    """
+
+    image_size: int = 64
+    patch_size: int = 8
+    vision_width: int = 128
+    vision_layers: int = 4
+    vision_heads: int = 4
+    text_width: int = 192
+    text_layers: int = 4
+    text_heads: int = 6
+    text_kv_heads: int = 2
+    mlp_ratio: int = 3
+    max_positions: int = 4096
+
+
+TINY = TinySizes()
+
+
+def tiny_vision_config(sizes: TinySizes = TINY) -> CLIPVisionConfig:
+    """A small CLIP-like vision transformer."""
+    return CLIPVisionConfig(
+        hidden_size=sizes.vision_width,
+        intermediate_size=sizes.vision_width * sizes.mlp_ratio,
+        num_hidden_layers=sizes.vision_layers,
+        num_attention_heads=sizes.vision_heads,
+        image_size=sizes.image_size,
+        patch_size=sizes.patch_size,
+    )
+
+
+def tiny_text_config(vocab_size: int, sizes: TinySizes = TINY) -> LlamaConfig:
+    """A small Llama-like decoder with grouped key/value heads, tied embeddings and room for ``vocab_size`` tokens."""
+    return LlamaConfig(
+        vocab_size=-(-vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
+        hidden_size=sizes.text_width,
+        intermediate_size=sizes.text_width * sizes.mlp_ratio,
+        num_hidden_layers=sizes.text_layers,
+        num_attention_heads=sizes.text_heads,
+        num_key_value_heads=sizes.text_kv_heads,
+        max_position_embeddings=sizes.max_positions,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE that knows ``WORDS`` as whole tokens and every other text as bytes; a ChatML-like template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: number for number, symbol in enumerate(alphabet)}
+    merges: list[tuple[str, str]] = []
+    for word in _spellings():
+        _add_word(word, vocab, merges)
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (START, END, PAD)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=TINY.max_positions,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _spellings() -> list[str]:
+    """Each word plain, after a space and with a capital, in the byte alphabet, where a space is written ``Ġ``."""
+    plain = WORDS.split()
+    return [*plain, *(f"Ġ{word}" for word in plain), *(word.capitalize() for word in plain)]
+
+
+def _add_word(word: str, vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
+    """Add the merges that build ``word`` from the left, and their results, where they are new."""
+    built = word[0]
+    for letter in word[1:]:
+        if built + letter not in vocab:
+            vocab[built + letter] = len(vocab)
+            merges.append((built, letter))
+        built += letter

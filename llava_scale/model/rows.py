@@ -1,0 +1,36 @@
+"""Packed rows of the data layer to arguments of the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llava_scale.errors import ShapeError
+
+if TYPE_CHECKING:
+    from llava_scale.types import PackedRow
+
+
+def row_inputs(row: PackedRow, *, device: torch.device | str | None = None) -> dict[str, Any]:
+    """Arguments of the model's ``forward`` for one packed row.
+
+    Given a ``device``, the row's tensors are moved there as far as the model wants them there: labels and offsets stay
+    where they are. For a row on the CPU the model then never waits for the accelerator.
+
+    Raises:
+        ShapeError: the row holds sounds, which this model does not read.
+    """
+    if row.audio_values is not None:
+        raise ShapeError(f"this model reads images, videos and text, but row {row.keys[:3]}... holds sounds")
+    target = row.input_ids.device if device is None else torch.device(device)
+    inputs: dict[str, Any] = {
+        "input_ids": row.input_ids.unsqueeze(0).to(target, non_blocking=True),
+        "position_ids": row.position_ids.unsqueeze(0).to(target, non_blocking=True),
+        "labels": row.labels.unsqueeze(0),
+        "cu_seq_lens": row.cu_seq_lens,
+    }
+    for name in ("pixel_values", "pixel_values_videos"):
+        pixels = getattr(row, name)
+        inputs[name] = None if pixels is None else pixels.to(target, non_blocking=True)
+    return inputs
