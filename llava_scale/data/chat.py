@@ -1,0 +1,274 @@
+"""Conversations to token ids and loss masks through a chat template.
+
+A conversation is cut into units: everything up to and including the assistant's header is one string, the answer with
+its end-of-turn marker the next. Each unit is tokenised alone, so generation sees exactly the ids that training saw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from llava_scale.data.templates import (
+    CONTENT_PARTS,
+    PLAIN_JINJA,
+    TEMPLATES,
+    VICUNA_SYSTEM,
+    Pieces,
+    derive_pieces,
+    vicuna_jinja,
+)
+from llava_scale.errors import ConfigError, SampleError, suggest
+from llava_scale.types import PLACEHOLDERS, MediaKind, Turn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+_PLACEHOLDER = re.compile("|".join(map(re.escape, PLACEHOLDERS.values())))
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedText:
+    """Token ids of a conversation; each placeholder is one id.
+
+    Attributes:
+        input_ids: Token ids.
+        supervised: Same length; True where the loss counts: answers and their end-of-turn marker.
+    """
+
+    input_ids: list[int]
+    supervised: list[bool]
+
+
+class ChatEncoder:
+    """Renders and tokenises conversations as training and generation see them.
+
+    Args:
+        tokenizer: Of the language model, with the placeholders added as special tokens.
+        template: ``plain`` (placeholders, caption, newline: LLaVA's alignment stage), ``vicuna_v1``, or ``native``
+            for ``tokenizer.chat_template``.
+
+    Raises:
+        ConfigError: unknown template; ``native`` without a usable template; placeholders missing in the tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+        if template not in TEMPLATES:
+            raise ConfigError(f"unknown chat_template {template!r}; {suggest(template, TEMPLATES)}")
+        self.template = template
+        self._tokenizer = tokenizer
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self.placeholder_ids: dict[MediaKind, int] = {
+            kind: self._special_id(marker) for kind, marker in PLACEHOLDERS.items()
+        }
+        self._bos = _leading_bos(tokenizer)
+        self._native = self._native_template() if template == "native" else ""
+        self._pieces = self._make_pieces()
+
+    @cached_property
+    def jinja(self) -> str:
+        """Chat template for ``apply_chat_template``: renders as ``render_prompt``; contents may be strings or parts."""
+        if self.template == "plain":
+            return CONTENT_PARTS + PLAIN_JINJA.replace("@BOS@", self._bos)
+        if self.template == "vicuna_v1":
+            return CONTENT_PARTS + vicuna_jinja(bos=self._bos, end=self._end_of_text())
+        return CONTENT_PARTS + self._native
+
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer when generated."""
+        ends = self._ids(self._end_of_turn("answer"))[-1:]
+        eos = self._tokenizer.eos_token_id
+        return tuple(dict.fromkeys([*ends, *([eos] if isinstance(eos, int) else [])]))
+
+    def fingerprint(self) -> str:
+        """Changes whenever any conversation could be tokenised differently."""
+        return self._fingerprint
+
+    def encode(self, turns: Sequence[Turn]) -> EncodedText:
+        """Ids of the conversation up to its last answer, with the mask of what is supervised.
+
+        Raises:
+            SampleError: no assistant turn, or the template refuses the order of the roles.
+        """
+        input_ids: list[int] = []
+        supervised: list[bool] = []
+        for text, is_answer in self._units(turns):
+            ids = self._ids(text)
+            input_ids += ids
+            supervised += [is_answer] * len(ids)
+        if not input_ids:
+            raise SampleError("the conversation has no assistant turn to learn from")
+        for marker in self.placeholder_ids.values():
+            if marker in input_ids:
+                supervised = [mask and token != marker for mask, token in zip(supervised, input_ids, strict=True)]
+        return EncodedText(input_ids, supervised)
+
+    def encode_prompt(self, turns: Sequence[Turn]) -> list[int]:
+        """Ids up to and including the header of the answer that is to be generated."""
+        ids: list[int] = []
+        for text, _ in self._prompt_units(turns):
+            ids += self._ids(text)
+        return ids
+
+    def render_prompt(self, turns: Sequence[Turn]) -> str:
+        """Text of ``encode_prompt``."""
+        return "".join(text for text, _ in self._prompt_units(turns))
+
+    def _units(self, turns: Sequence[Turn]) -> Iterator[tuple[str, bool]]:
+        """(text, is an answer) of every unit up to the last answer."""
+        carried = ""
+        seen = 0
+        for number, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            yield carried + self._stretch(turns, seen, number), False
+            answer, carried = self._answer(turns, number)
+            yield answer, True
+            seen = number + 1
+
+    def _prompt_units(self, turns: Sequence[Turn]) -> Iterator[tuple[str, bool]]:
+        seen = 0
+        carried = ""
+        for number, turn in enumerate(turns):
+            if turn.role == "assistant":
+                yield carried + self._stretch(turns, seen, number), False
+                answer, carried = self._answer(turns, number)
+                yield answer, True
+                seen = number + 1
+        yield carried + self._stretch(turns, seen, len(turns)), False
+
+    def _stretch(self, turns: Sequence[Turn], first: int, last: int) -> str:
+        """Text of ``turns[first:last]`` with the assistant's header behind it."""
+        if self._pieces is None:
+            shown = self._render(turns[:first]) if first else ""
+            whole = self._render(turns[:last], add_generation_prompt=True)
+            return _after(whole, shown)
+        pieces, text = self._pieces, []
+        for number, turn in enumerate(turns[first:last], start=first):
+            content = self._content(turn)
+            if turn.role == "system":
+                if number:
+                    raise SampleError("a system turn must come first; move it to the start of the conversation")
+                text.append(pieces.system(content))
+            else:
+                text.append((pieces.first_user if number == 0 else pieces.user_prefix) + content)
+                if number + 1 < last:
+                    raise SampleError("two human turns in a row; join them or put an answer between them")
+        return "".join(text) + pieces.header
+
+    def _answer(self, turns: Sequence[Turn], number: int) -> tuple[str, str]:
+        """(answer with its end-of-turn marker, what the template puts behind that)."""
+        content = self._content(turns[number])
+        if self._pieces is None:
+            prompt = self._render(turns[:number], add_generation_prompt=True)
+            tail = _after(self._render(turns[: number + 1]), prompt)
+            lead, _, suffix = tail.partition(content)
+            answer = lead + content
+        else:
+            answer, suffix = self._pieces.answer_prefix + content, self._pieces.answer_suffix
+        end, rest = self._split_end(suffix)
+        return answer + end, rest
+
+    def _split_end(self, suffix: str) -> tuple[str, str]:
+        """Cut what follows an answer into the marker that ends it and the rest, which is not supervised."""
+        for token in self._special_tokens:
+            if suffix.startswith(token):
+                return token, suffix[len(token) :]
+        return (suffix, "") if suffix else (self._end_of_text(), "")
+
+    def _end_of_turn(self, content: str) -> str:
+        turns = (Turn("user", "question"), Turn("assistant", content))
+        answer, _ = self._answer(turns, 1)
+        return answer
+
+    def _content(self, turn: Turn) -> str:
+        if self.template == "plain":
+            return "".join(_PLACEHOLDER.findall(turn.text)) if turn.role == "user" else turn.text.strip()
+        return turn.text.strip() if self._pieces is None or self._pieces.strips else turn.text
+
+    def _make_pieces(self) -> Pieces | None:
+        if self.template == "plain":
+            return Pieces(first_user=self._bos, answer_suffix="\n", system_prefix=self._bos, drops_system=True)
+        if self.template == "vicuna_v1":
+            return Pieces(
+                first_user=f"{self._bos}{VICUNA_SYSTEM} USER: ",
+                user_prefix="USER: ",
+                header=" ASSISTANT:",
+                answer_prefix=" ",
+                answer_suffix=self._end_of_text(),
+                system_prefix=self._bos,
+                system_suffix=" ",
+            )
+        return derive_pieces(self._render)
+
+    def _native_template(self) -> str:
+        template = self._tokenizer.chat_template
+        if not isinstance(template, str) or not template:
+            raise ConfigError(
+                "data.chat_template is 'native', but the language model's tokenizer has no chat template; "
+                "use 'vicuna_v1' or 'plain'"
+            )
+        return template
+
+    def _render(self, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> str:
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                messages, chat_template=self._native, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # templates raise jinja's errors, TypeErrors, anything
+            roles = ", ".join(turn.role for turn in turns)
+            raise SampleError(f"the chat template refuses the turns {roles}: {error}") from None
+        assert isinstance(rendered, str)
+        return rendered
+
+    def _ids(self, text: str) -> list[int]:
+        if self._backend is not None:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+            return ids
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _special_id(self, marker: str) -> int:
+        number: Any = self._tokenizer.convert_tokens_to_ids(marker)
+        if not isinstance(number, int) or number == self._tokenizer.unk_token_id:
+            raise ConfigError(f"the tokenizer has no token {marker!r}; add the placeholders as special tokens first")
+        return number
+
+    def _end_of_text(self) -> str:
+        eos = self._tokenizer.eos_token
+        if not isinstance(eos, str):
+            raise ConfigError("the tokenizer has no eos_token, so the model could not learn where an answer ends")
+        return eos
+
+    @cached_property
+    def _special_tokens(self) -> tuple[str, ...]:
+        tokens = {str(token) for token in self._tokenizer.get_added_vocab()}
+        return tuple(sorted(tokens, key=len, reverse=True))
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(f"1\n{self.template}\n{self.jinja}\n".encode())
+        described = self._backend.to_str() if self._backend is not None else repr(sorted(self._tokenizer.get_vocab()))
+        digest.update(described.encode())
+        return digest.hexdigest()
+
+
+def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The BOS token's text where the tokenizer puts it before a text on its own, else nothing."""
+    bos = tokenizer.bos_token_id
+    if bos is None or tokenizer("a")["input_ids"][:1] != [bos]:
+        return ""
+    return str(tokenizer.bos_token)
+
+
+def _after(whole: str, start: str) -> str:
+    if not whole.startswith(start):
+        raise SampleError("the chat template rewrites earlier turns, so answers cannot be found in it; use another")
+    return whole[len(start) :]
