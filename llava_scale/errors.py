@@ -60,6 +60,10 @@ class CheckpointError(LlavaScaleError):
     """A checkpoint is missing, torn, or does not belong to this model or run."""
 
 
+class TrainingError(LlavaScaleError):
+    """Training cannot go on, for example because the loss stays non-finite."""
+
+
 class MissingExtraError(LlavaScaleError, ImportError):
     """An optional dependency is not installed."""
 

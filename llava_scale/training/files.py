@@ -1,0 +1,91 @@
+"""Folders and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+
+from llava_scale.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Give a folder to fill; it takes ``target``'s name, on disk for good, only if the block ends without an error.
+
+    A folder that stands there already is replaced. A process killed at any instant leaves the old one, the new one,
+    or (between two renames) the old one as ``.NAME.old``; never a half-written folder under ``target``'s name.
+
+    Raises:
+        CheckpointError: the folder cannot be written (disk full, no permission); nothing else was touched.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_folder(partial)
+        partial.mkdir()
+        yield partial
+        _sync_tree(partial)
+        _replace(partial, target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"cannot write {target}: {error}; free space or choose another train.output_dir, then continue with "
+            "--resume (earlier checkpoints are untouched)"
+        ) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def atomic_text(path: Path, text: str) -> None:
+    """Write ``text`` so that ``path`` always holds the old or the new text in full."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    _sync(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder if it is there; under a hidden name first, so that no half of it looks whole."""
+    if not path.exists():
+        return
+    doomed = path.with_name(f".{path.name.lstrip('.')}.removed")
+    if doomed != path:
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _replace(partial: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.old")
+    remove_folder(old)
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    _sync(target.parent)
+    remove_folder(old)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,157 @@
+"""Counters of a run and the lines of its log."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llava_scale.types import PackedRow
+
+
+@dataclass
+class Counts:
+    """What only ever grows in a run.
+
+    Attributes:
+        samples: Samples trained on.
+        text_tokens: Their tokens that are not media.
+        visual_tokens: Their tokens from pictures and videos.
+        supervised_tokens: Their tokens in the loss.
+        capacity: Tokens that the rows could have held.
+        skipped: Samples that could not be used.
+        seconds: Time in training steps, waiting for data included, evaluation and saving not.
+        wait_s: Part of it spent waiting for data.
+    """
+
+    samples: int = 0
+    text_tokens: int = 0
+    visual_tokens: int = 0
+    supervised_tokens: int = 0
+    capacity: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    wait_s: float = 0.0
+
+    def since(self, mark: Counts) -> Counts:
+        """Growth since ``mark``."""
+        return Counts(**{item.name: getattr(self, item.name) - getattr(mark, item.name) for item in fields(self)})
+
+
+class Meter:
+    """Counts since the start of the run; each line of the log covers the steps since the last one.
+
+    Everything survives a restart, so that a resumed run writes the lines that an uninterrupted one would have.
+
+    Args:
+        device: Where the losses are.
+        row_length: Tokens that a row could hold; 0 where rows are as long as their samples.
+    """
+
+    def __init__(self, *, device: torch.device, row_length: int) -> None:
+        self.total = Counts()
+        self._mark = Counts()
+        self._device = device
+        self._row_length = row_length
+        self._clock = time.perf_counter()
+        # Sum of the losses of finite steps since the last line, and the number of tokens in it. It is never read
+        # between two lines, so a checkpoint in between cannot change the order of summation.
+        self._loss = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def start_clock(self) -> None:
+        """Leave out the time since the last step: something else than training went on."""
+        self._clock = time.perf_counter()
+
+    def add_wait(self, seconds: float) -> None:
+        """Count time in which the step could not begin for lack of data."""
+        self.total.wait_s += seconds
+
+    def add_row(self, row: PackedRow) -> None:
+        """Count the samples and tokens of a row that is trained on."""
+        num_tokens = int(row.cu_seq_lens[len(row.keys)]) if row.keys else 0
+        num_media = row.num_visual_tokens + sum(row.audio_num_tokens)
+        self.total.samples += len(row.keys)
+        self.total.text_tokens += num_tokens - num_media
+        self.total.visual_tokens += row.num_visual_tokens
+        self.total.supervised_tokens += row.num_supervised
+        self.total.capacity += max(self._row_length, row.input_ids.numel())
+        self.total.skipped += len(row.skipped)
+
+    def add_loss(self, loss: Tensor, num_tokens: int, finite: Tensor) -> None:
+        """Count a step's mean loss over ``num_tokens``; nothing is counted where ``finite`` is false."""
+        sums = torch.stack((loss.double() * num_tokens, loss.new_tensor(num_tokens, dtype=torch.float64)))
+        self._loss += torch.where(finite, sums, 0.0)
+
+    def end_step(self) -> None:
+        """Count the time since the step before."""
+        now = time.perf_counter()
+        self.total.seconds += now - self._clock
+        self._clock = now
+
+    def line(self, *, step: int, lr: float, grad_norm: Tensor | None) -> dict[str, Any]:
+        """Return the log's line after ``step`` steps and begin the next one. Waits for the device.
+
+        Counts are since the start of the run; ``loss`` (nats a supervised token), rates and shares are over the
+        steps since the last line.
+        """
+        loss_sum, loss_tokens = self._loss.tolist()
+        now, window = self.total, self.total.since(self._mark)
+        self._loss.zero_()
+        self._mark = replace(now)
+        num_tokens = window.text_tokens + window.visual_tokens
+        return {
+            "step": step,
+            "loss": _finite(loss_sum / loss_tokens) if loss_tokens else None,
+            "lr": lr,
+            "grad_norm": _finite(float(grad_norm)) if grad_norm is not None else None,
+            "tokens_per_s": _rate(num_tokens, window.seconds),
+            "text_tokens_per_s": _rate(window.text_tokens, window.seconds),
+            "visual_tokens_per_s": _rate(window.visual_tokens, window.seconds),
+            "samples_per_s": _rate(window.samples, window.seconds),
+            "data_wait": _share(window.wait_s, window.seconds),
+            "padding": _share(window.capacity - num_tokens, window.capacity),
+            "samples": now.samples,
+            "text_tokens": now.text_tokens,
+            "visual_tokens": now.visual_tokens,
+            "supervised_tokens": now.supervised_tokens,
+            "skipped": now.skipped,
+            "seconds": round(now.seconds, 3),
+            "memory_gib": round(memory_gib(self._device), 3),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters as plain values. Waits for the device."""
+        return {"total": asdict(self.total), "mark": asdict(self._mark), "loss": self._loss.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state_dict``'s counters."""
+        self.total, self._mark = Counts(**state["total"]), Counts(**state["mark"])
+        self._loss.copy_(torch.tensor(state["loss"], dtype=torch.float64))
+
+
+def memory_gib(device: torch.device) -> float:
+    """Largest memory held so far: of the device on CUDA, of this process on CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device)) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak) / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def _rate(amount: float, seconds: float) -> float:
+    return round(amount / seconds, 2) if seconds > 0 else 0.0
+
+
+def _share(part: float, whole: float) -> float:
+    return round(min(max(part / whole, 0.0), 1.0), 4) if whole > 0 else 0.0
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
