@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
@@ -67,7 +67,7 @@ class LlavaScaleConfig(PreTrainedConfig):
         vision_feature_layer: int = -2,
         vision_feature_select: str = "patch",
         image_size: int = 0,
-        image_aspect_ratio: str = "pad",
+        image_aspect_ratio: Literal["pad", "resize"] = "pad",
         image_mean: Sequence[float] = OPENAI_MEAN,
         image_std: Sequence[float] = OPENAI_STD,
         image_token_id: int = 0,
@@ -83,7 +83,7 @@ class LlavaScaleConfig(PreTrainedConfig):
         self.vision_feature_layer = vision_feature_layer
         self.vision_feature_select = _one_of("vision_feature_select", vision_feature_select, FEATURE_SELECTS)
         self.image_size = image_size or getattr(self.vision_config, "image_size", 0)
-        self.image_aspect_ratio = _one_of("image_aspect_ratio", image_aspect_ratio, IMAGE_ASPECT_RATIOS)
+        self.image_aspect_ratio: Any = _one_of("image_aspect_ratio", image_aspect_ratio, IMAGE_ASPECT_RATIOS)
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
         self.image_token_id = image_token_id

@@ -141,18 +141,20 @@ class LlavaScaleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden = decoded.last_hidden_state
-        output = LlavaScaleOutput(
+        loss = logits = None
+        if targets is not None:
+            loss = self.loss(hidden, *targets, num_items_in_batch, loss_chunk) + self._touch(images)
+        if targets is None or not (self.training or cu_seq_lens is not None):
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.logits(hidden[:, kept])
+        return LlavaScaleOutput(
+            loss=loss,
+            logits=logits,
             past_key_values=decoded.get("past_key_values"),
             hidden_states=decoded.get("hidden_states"),
             attentions=decoded.get("attentions"),
             image_hidden_states=images,
         )
-        if targets is not None:
-            output.loss = self.loss(hidden, *targets, num_items_in_batch, loss_chunk) + self._touch(embeds, images)
-        if targets is None or not (self.training or cu_seq_lens is not None):
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            output.logits = self.logits(hidden[:, kept])
-        return output
 
     def embed(
         self,
@@ -204,8 +206,9 @@ class LlavaScaleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if kwargs["position_ids"] is None:
             raise ShapeError("packed rows (cu_seq_lens) need position_ids that restart with each sample")
         layout = PackedLayout.of(cu_seq_lens, row_length=embeds.shape[1], device=embeds.device)
-        with packed_pass(implementation=self.config.text_config._attn_implementation):
-            return decoder(inputs_embeds=embeds, use_cache=False, **layout.attention_kwargs(), **kwargs)
+        implementation = self.config.text_config._attn_implementation
+        with packed_pass(implementation=implementation):
+            return decoder(inputs_embeds=embeds, use_cache=False, **layout.attention_kwargs(implementation), **kwargs)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token over the vocabulary, as the language model itself makes them."""
@@ -222,7 +225,7 @@ class LlavaScaleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             num_items = max(targets.shape[0], 1)
         return total / (num_items.to(device) if isinstance(num_items, Tensor) else num_items)
 
-    def _touch(self, embeds: Tensor, images: Tensor | None) -> Tensor | float:
+    def _touch(self, images: Tensor | None) -> Tensor | float:
         """Zero that depends on every trainable modality parameter that this pass has not used.
 
         Ranks whose rows hold text only then still take part in every gradient exchange, at no cost.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ class LlavaScaleProcessor(ProcessorMixin):
         image_size: int = 336,
         image_grid: Sequence[int] = (24, 24),
         image_num_tokens: int = 576,
-        image_aspect_ratio: str = "pad",
+        image_aspect_ratio: Literal["pad", "resize"] = "pad",
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         max_image_pixels: int = MAX_IMAGE_PIXELS,
         chat_template_name: str = "native",
@@ -98,7 +98,7 @@ class LlavaScaleProcessor(ProcessorMixin):
     @property
     def image_transform(self) -> ImageTransform:
         """Encoded pictures to uint8 squares."""
-        red, green, blue = (round(255 * mean) for mean in self.image_mean)
+        red, green, blue = (int(255 * mean) for mean in self.image_mean)
         return ImageTransform(
             size=self.image_size,
             aspect=self.image_aspect_ratio,

@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as hub_logging
 
 from llava_scale.errors import CheckpointError, ConfigError
-from llava_scale.towers.vision import TransformersVisionTower
+from llava_scale.towers.vision import TransformersVisionTower, as_tokens
 
 ImageStats = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation of each colour channel, of pixels in [0, 1]."""
@@ -98,7 +98,7 @@ def whole_features(model: PreTrainedModel, feature_layer: int, image_size: int) 
         **TransformersVisionTower.size_kwargs(model, image_size),
     )
     states = getattr(shown, "hidden_states", None)
-    return states[feature_layer] if states else None
+    return as_tokens(states[feature_layer]) if states else None
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def check_cut(tower: TransformersVisionTower, expected: Tensor | None) -> None:
         ConfigError: the cut tower gives other features than the whole model did.
     """
     features = tower.encode(_test_picture(tower.image_size, tower.model.dtype))
-    if expected is not None and expected.ndim == 3 and not torch.allclose(features, expected, rtol=1e-3, atol=1e-3):
+    if expected is not None and not torch.allclose(features, expected, rtol=1e-3, atol=1e-3):
         raise ConfigError(
             f"{type(tower.model).__name__} cannot be cut at this model.vision_feature_layer without changing its "
             "features; set it to -1, or give the tower by import path"

@@ -81,7 +81,8 @@ class TransformersVisionTower(VisionTower):
 
     Blocks above that layer, the final norm and pooling heads are dropped: the last hidden state then equals
     ``hidden_states[feature_layer]`` of the whole model, as LLaVA uses it, and no parameter is left without gradient.
-    Models that are not a plain stack of blocks (ConvNeXt, Swin, ...) are used whole, with ``feature_layer`` -1.
+    A convolutional model is cut between its stages. Where no stack of blocks or stages is found, the model is used
+    whole, with ``feature_layer`` -1.
 
     Args:
         config: Of the vision model.
@@ -113,10 +114,12 @@ class TransformersVisionTower(VisionTower):
         self.model = AutoModel.from_config(config) if model is None else model
         cut_at_layer(self.model, feature_layer)
         self._call_kwargs = self.size_kwargs(self.model, image_size)
-        shape = _output_shape(config, image_size, self._call_kwargs)
-        self._patch = _patch_size(config)
+        shape = _output_shape(config, feature_layer, image_size, self._call_kwargs)
         self.hidden_size = shape[1] if len(shape) == 4 else shape[2]
-        self._own_grid, self.num_prefix_tokens = _read_grid(shape, self._patch, image_size)
+        patch = _patch_size(config)
+        self._own_grid, self.num_prefix_tokens = _read_grid(shape, patch, image_size)
+        # A convolutional model's patch_size is the stride of its first stage only.
+        self._patch = patch if patch and self._own_grid[0] == image_size // patch else None
 
     @staticmethod
     def size_kwargs(model: PreTrainedModel, image_size: int) -> dict[str, Any]:
@@ -147,7 +150,7 @@ class TransformersVisionTower(VisionTower):
     def encode(self, pixels_BCHW: Tensor) -> Tensor:
         """Features ``(B, prefix + rows * columns, D)`` of normalised pictures."""
         features: Tensor = self.model(pixel_values=pixels_BCHW, **self._call_kwargs).last_hidden_state
-        return features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
+        return as_tokens(features)
 
 
 class CustomVisionTower(VisionTower):
@@ -200,6 +203,11 @@ class CustomVisionTower(VisionTower):
                 f"width {self.hidden_size} promise {expected}"
             )
         return features
+
+
+def as_tokens(features: Tensor) -> Tensor:
+    """Features ``(B, N, D)`` of a tower that gives these, or a map ``(B, D, rows, columns)``."""
+    return features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
 
 
 def cut_at_layer(model: PreTrainedModel, feature_layer: int) -> None:
@@ -265,10 +273,13 @@ def _patch_size(config: PreTrainedConfig) -> int | None:
     return patch if isinstance(patch, int) else None
 
 
-def _output_shape(config: PreTrainedConfig, image_size: int, kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """Shape of the last hidden state for one picture, from a pass without memory or arithmetic."""
+def _output_shape(
+    config: PreTrainedConfig, feature_layer: int, image_size: int, kwargs: dict[str, Any]
+) -> tuple[int, ...]:
+    """Shape of the cut model's features for one picture, from a pass without memory or arithmetic."""
     with torch.device("meta"), torch.no_grad():
         model = AutoModel.from_config(config)
+        cut_at_layer(model, feature_layer)
         pixels = torch.empty(1, 3, image_size, image_size, dtype=model.dtype)
         return tuple(model.eval()(pixel_values=pixels, **kwargs).last_hidden_state.shape)
 
