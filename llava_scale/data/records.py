@@ -1,0 +1,134 @@
+"""The record of a sample: LLaVA's JSON to turns, and the rules that it must keep.
+
+Writer and reader share these rules, so what packs also loads.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from llava_scale.errors import SampleError
+from llava_scale.types import MEDIA_KINDS, PLACEHOLDERS, MediaKind, Role, Turn
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+_ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+FRAMES_EXT = "frames"
+"""Extension under which a sample hands over a video stored as frames (see ``join_frames``)."""
+FRAME_TIMES = "frame_times_s"
+"""Field of the record: per video stored as frames, the time of each frame in seconds."""
+
+
+def load_record(data: bytes) -> dict[str, Any]:
+    """Return the JSON object of a sample.
+
+    Raises:
+        SampleError: if there is none, or it is no JSON object in UTF-8.
+    """
+    if not data:
+        raise SampleError("has no json member, or an empty one; add the conversation or remove the files")
+    try:
+        record = json.loads(data)
+    except ValueError as error:
+        raise SampleError(f"its json cannot be read ({error}); write it again") from None
+    if not isinstance(record, dict):
+        raise SampleError(f"its json is a {type(record).__name__}; it must be an object with 'conversations'")
+    return record
+
+
+def parse_record(record: Mapping[str, Any], media_counts: Mapping[MediaKind, int]) -> tuple[Turn, ...]:
+    """Return the conversation of a record whose sample has ``media_counts`` media of each kind.
+
+    Media of a kind that the text never mentions are put before the first human turn, each on its own line
+    (LLaVA's habit for captions).
+
+    Raises:
+        SampleError: no conversation; a message that is no text or from nobody known; not in the order
+            [system] human gpt human gpt ...; an empty answer; a placeholder outside of a human turn; placeholders
+            and media that differ in number.
+    """
+    turns = _read_turns(record)
+    _check_order(turns)
+    prefix = ""
+    for kind in MEDIA_KINDS:
+        marker, num_media = PLACEHOLDERS[kind], media_counts.get(kind, 0)
+        for turn in turns:
+            if turn.role != "user" and marker in turn.text:
+                raise SampleError(f"has {marker} in a turn of the {turn.role}; media belong to human turns")
+        num_markers = sum(turn.text.count(marker) for turn in turns)
+        if num_markers == 0:
+            prefix += f"{marker}\n" * num_media
+        elif num_markers != num_media:
+            remedy = f"add the missing {kind}" if num_markers > num_media else "mark every one"
+            raise SampleError(
+                f"has {_count(num_markers, marker + ' placeholder')} but {_count(num_media, kind)}; "
+                f"{remedy} or remove the surplus"
+            )
+    if not prefix:
+        return turns
+    first = next(number for number, turn in enumerate(turns) if turn.role == "user")
+    return (*turns[:first], Turn("user", prefix + turns[first].text), *turns[first + 1 :])
+
+
+def text_length(turns: Sequence[Turn]) -> int:
+    """Return the characters of a conversation, placeholders included."""
+    return sum(len(turn.text) for turn in turns)
+
+
+def join_frames(frames: Sequence[tuple[str, bytes]]) -> bytes:
+    """Return the stored frames (extension, bytes) of one video as one string of bytes; ``split_frames`` undoes it."""
+    header = json.dumps([[ext, len(data)] for ext, data in frames]).encode()
+    return b"".join((len(header).to_bytes(4, "little"), header, *(data for _, data in frames)))
+
+
+def split_frames(data: bytes) -> tuple[tuple[str, bytes], ...]:
+    """Return the (extension, bytes) of every frame that ``join_frames`` put together, in order."""
+    start = 4 + int.from_bytes(data[:4], "little")
+    frames = []
+    for ext, size in json.loads(data[4:start]):
+        frames.append((str(ext), data[start : start + size]))
+        start += size
+    return tuple(frames)
+
+
+def _read_turns(record: Mapping[str, Any]) -> tuple[Turn, ...]:
+    messages = record.get("conversations")
+    if not isinstance(messages, list) or not messages:
+        raise SampleError("has no conversation; 'conversations' must be a list of {'from', 'value'} messages")
+    turns = []
+    for number, message in enumerate(messages, start=1):
+        speaker = message.get("from") if isinstance(message, dict) else None
+        text = message.get("value") if isinstance(message, dict) else None
+        if not isinstance(speaker, str) or not isinstance(text, str):
+            raise SampleError(f"message {number} is no {{'from', 'value'}} object with two texts")
+        role = _ROLES.get(speaker)
+        if role is None:
+            raise SampleError(f"message {number} is from {speaker!r}; known: {', '.join(_ROLES)}")
+        turns.append(Turn(role, text))
+    return tuple(turns)
+
+
+def _check_order(turns: tuple[Turn, ...]) -> None:
+    spoken = turns[1:] if turns[0].role == "system" else turns
+    if not spoken or spoken[0].role != "user":
+        raise SampleError("the conversation must start with a human turn (a system turn may stand before it)")
+    for number, turn in enumerate(spoken):
+        expected: Role = "assistant" if number % 2 else "user"
+        if turn.role != expected:
+            raise SampleError(f"human and gpt must take turns, but turn {number + 1} is from the {turn.role}")
+        if turn.role == "assistant" and not turn.text.strip():
+            raise SampleError(f"answer {number // 2 + 1} is empty; write it or remove the question")
+    if len(spoken) % 2:
+        raise SampleError("the last human turn has no answer; add one or remove the turn")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 or noun == "audio" else f"{number} {noun}s"
