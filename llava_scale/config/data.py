@@ -35,8 +35,8 @@ class PackingConfig:
     """Longest row in tokens; a longer sample is an error, or cut under ``data.truncate: text``."""
     samples_per_row: Count = 16
     """Samples in a row under ``mode: samples``."""
-    open_bins: Count = 32
-    """Rows kept open while filling under ``mode: tokens``; more fill better and look further ahead."""
+    lookahead_rows: Count = 32
+    """Rows' worth of samples to choose from when a row is filled under ``mode: tokens``; more fill better."""
 
 
 @section

@@ -1,0 +1,303 @@
+"""From the plan of a row to the row: read, tokenise, decode, expand placeholders, lay end to end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llava_scale.data.lengths import UNREADABLE
+from llava_scale.errors import SampleError, ShapeError, ShardError
+from llava_scale.types import IGNORE_INDEX, MEDIA_KINDS, PLACEHOLDERS, Grid, MediaKind, PackedRow, SkippedSample
+
+if TYPE_CHECKING:
+    from llava_scale.data.chat import ChatEncoder
+    from llava_scale.data.dataset import ShardedDataset
+    from llava_scale.data.planner import PlannedSample, RowPlan
+    from llava_scale.types import MediaInfo, MediaTokenCounter, MediaTokens, Sample, Turn
+
+IntArray = NDArray[np.int64]
+MediaTransform = Callable[[bytes], Tensor]
+"""Encoded file -> picture uint8 ``(3, H, W)``, video uint8 ``(F, 3, H, W)``, or sound."""
+
+_PLACEHOLDER = re.compile("|".join(map(re.escape, PLACEHOLDERS.values())))
+_ALIGNMENT_TOKENS = 2  # of a row without samples; one would leave nothing to predict
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one planned sample."""
+
+    source: int
+    skipped: SkippedSample | None = None
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltRow:
+    """A row and, in the order of its plan, what became of each sample (rejected ones first)."""
+
+    row: PackedRow
+    outcomes: tuple[Outcome, ...]
+
+    def pin_memory(self) -> BuiltRow:
+        """The same with the row in page-locked memory."""
+        return BuiltRow(self.row.pin_memory(), self.outcomes)
+
+
+@dataclass(slots=True)
+class PreparedSample:
+    """A sample ready to be laid into a row: ``L`` tokens, media expanded."""
+
+    key: str
+    input_ids: IntArray
+    labels: IntArray
+    instruction: str
+    media: dict[MediaKind, list[Tensor]]
+    tokens: dict[MediaKind, list[MediaTokens]]
+    truncated: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowBuilder:
+    """Builds rows from their plans; holds nothing that changes, so any worker builds the same row.
+
+    Attributes:
+        datasets: The data sets that plans refer to by number.
+        encoder: Conversation -> token ids.
+        counter: Tokens of each medium.
+        transforms: Per kind the way from encoded bytes to a tensor; a kind without one is an error of the sample.
+        row_length: Most tokens of one sample.
+        truncate: Whether the text of longer samples is cut at its end.
+    """
+
+    datasets: Sequence[ShardedDataset]
+    encoder: ChatEncoder
+    counter: MediaTokenCounter
+    transforms: Mapping[MediaKind, MediaTransform]
+    row_length: int
+    truncate: bool = False
+
+    def build(self, plan: RowPlan) -> BuiltRow:
+        """Build one row; samples that cannot be used are left out and reported.
+
+        Raises:
+            ShardError: if a shard cannot be read, or differs from what was planned on.
+        """
+        samples: list[PreparedSample] = []
+        outcomes: list[Outcome] = []
+        members = (*plan.rejected, *plan.samples)
+        for planned, found in zip(members, self._read(members), strict=True):
+            try:
+                sample = self.prepare(planned, found, plan.step)
+            except SampleError as error:
+                outcomes.append(Outcome(planned.source, self._skipped(planned, error)))
+                continue
+            samples.append(sample)
+            outcomes.append(Outcome(planned.source, truncated=sample.truncated))
+        skipped = tuple(outcome.skipped for outcome in outcomes if outcome.skipped is not None)
+        return BuiltRow(lay_out(samples, step=plan.step, skipped=skipped), tuple(outcomes))
+
+    def prefetch(self, plan: RowPlan) -> None:
+        """Start fetching what the row needs, if it lies on another machine."""
+        for source, numbers in _by_source((*plan.rejected, *plan.samples)).items():
+            self.datasets[source].prefetch(numbers)
+
+    def prepare(self, planned: PlannedSample, sample: Sample | SampleError, step: int | None) -> PreparedSample:
+        """Tokenise the text of one sample as read, and decode its media.
+
+        Raises:
+            SampleError: if it cannot be used, with the reason.
+        """
+        if isinstance(sample, SampleError):
+            raise sample
+        infos = self.datasets[planned.source].media_infos(planned.number)
+        encoded = self.encoder.encode(sample.turns)
+        ids = np.asarray(encoded.input_ids, dtype=np.int64)
+        labels = np.where(np.asarray(encoded.supervised, dtype=bool), ids, IGNORE_INDEX)
+        marker_pos, tokens = self._expansion(sample, ids, infos, step)
+        self._check_plan(planned, sample, len(ids) - len(marker_pos))
+        labels[marker_pos] = IGNORE_INDEX
+        repeats = np.ones(len(ids), dtype=np.int64)
+        repeats[marker_pos] = [counted.num_tokens for _, counted in tokens]
+        ids, labels = np.repeat(ids, repeats), np.repeat(labels, repeats)
+        truncated = len(ids) > self.row_length
+        if truncated:
+            last_medium = int(np.cumsum(repeats)[marker_pos[-1]]) if len(marker_pos) else 0
+            ids, labels = self._cut(sample, ids, labels, last_medium)
+        if not (labels[1:] != IGNORE_INDEX).any():
+            raise _error(sample, "no supervised token; give it an answer")
+        by_kind: dict[MediaKind, list[MediaTokens]] = {}
+        for kind, counted in tokens:
+            by_kind.setdefault(kind, []).append(counted)
+        media = self._decode(sample)
+        return PreparedSample(sample.key, ids, labels, instruction_of(sample.turns), media, by_kind, truncated)
+
+    def _read(self, members: Sequence[PlannedSample]) -> list[Sample | SampleError]:
+        """Read samples in their order, those of one data set together."""
+        read = {source: iter(self.datasets[source].samples(numbers)) for source, numbers in _by_source(members).items()}
+        return [next(read[planned.source]) for planned in members]
+
+    def _expansion(
+        self, sample: Sample, ids: IntArray, infos: Sequence[MediaInfo], step: int | None
+    ) -> tuple[IntArray, list[tuple[MediaKind, MediaTokens]]]:
+        """Positions of the placeholders in ``ids``, and kind and tokens of the medium behind each."""
+        kind_of = {token_id: kind for kind, token_id in self.encoder.placeholder_ids.items()}
+        marker_pos = np.array([slot for slot, token_id in enumerate(ids.tolist()) if token_id in kind_of], np.int64)
+        waiting = {kind: [info for info in infos if info.kind == kind] for kind in MEDIA_KINDS}
+        tokens = []
+        for token_id in ids[marker_pos].tolist():
+            kind = kind_of[token_id]
+            self._transform(sample, kind)
+            if waiting[kind]:
+                tokens.append((kind, self.counter.count(waiting[kind].pop(0), step=step)))
+        if len(tokens) != len(infos) or len(tokens) != len(marker_pos):
+            raise _error(sample, f"its text has {len(marker_pos)} placeholder tokens for {len(infos)} media")
+        return marker_pos, tokens
+
+    def _decode(self, sample: Sample) -> dict[MediaKind, list[Tensor]]:
+        decoded: dict[MediaKind, list[Tensor]] = {}
+        for kind, files in sample.media.items():
+            transform = self._transform(sample, kind)
+            try:
+                decoded[kind] = [transform(data) for _, data in files]
+            except SampleError as error:
+                raise error.at(shard=sample.shard, key=sample.key) from error
+        return decoded
+
+    def _transform(self, sample: Sample, kind: MediaKind) -> MediaTransform:
+        if kind not in self.transforms:
+            raise _error(sample, f"the model takes no {kind}; configure a tower for it or leave such samples out")
+        return self.transforms[kind]
+
+    def _cut(self, sample: Sample, ids: IntArray, labels: IntArray, last_medium: int) -> tuple[IntArray, IntArray]:
+        """Shorten the text to the row; ``last_medium`` is the end of the last medium's tokens."""
+        limit = self.row_length
+        too_long = f"{len(ids)} tokens do not fit in a row of {limit} (data.packing.row_length)"
+        if not self.truncate:
+            raise _error(sample, f"{too_long}; raise it, or set data.truncate=text")
+        if last_medium > limit:
+            raise _error(sample, f"{too_long} and cutting its text would cut media tokens; raise the row's length")
+        if not (labels[1:limit] != IGNORE_INDEX).any():
+            raise _error(sample, f"{too_long} and cutting its text would leave no supervised token")
+        return ids[:limit], labels[:limit]
+
+    def _check_plan(self, planned: PlannedSample, sample: Sample, text_length: int) -> None:
+        """Planned and real lengths differ only if files changed under a running or resumed stream."""
+        if planned.text_length == UNREADABLE or planned.text_length not in (0, text_length):
+            raise ShardError(
+                f"{sample.shard}: sample {sample.key!r} was planned with {planned.text_length} text tokens and has "
+                f"{text_length}: the shard changed after it was indexed; run: llava-scale data index FOLDER"
+            )
+
+    def _skipped(self, planned: PlannedSample, error: SampleError) -> SkippedSample:
+        dataset = self.datasets[planned.source]
+        shard = error.shard or dataset.shard_name(dataset.locate(planned.number)[0])
+        return SkippedSample(shard=shard, key=error.key or dataset.key(planned.number), reason=error.reason)
+
+
+def lay_out(
+    samples: Sequence[PreparedSample], *, step: int | None, skipped: tuple[SkippedSample, ...] = ()
+) -> PackedRow:
+    """Lay samples end to end; none at all give a row of two unsupervised tokens that keeps ranks aligned."""
+    if not samples:
+        return _alignment_row(step, skipped)
+    lengths = np.array([len(sample.input_ids) for sample in samples])
+    ends = np.cumsum(lengths)
+    media = _Collected()
+    for sample in samples:
+        media.add(sample)
+    return PackedRow(
+        input_ids=torch.from_numpy(np.concatenate([sample.input_ids for sample in samples])),
+        labels=torch.from_numpy(np.concatenate([sample.labels for sample in samples])),
+        position_ids=torch.from_numpy(np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)),
+        cu_seq_lens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
+        pixel_values=_joined(_stacked_pictures, media.tensors["image"], "pictures"),
+        image_grids=media.grids("image"),
+        image_num_tokens=media.num_tokens("image"),
+        pixel_values_videos=_joined(torch.cat, media.tensors["video"], "videos"),
+        video_grids=media.grids("video"),
+        video_num_tokens=media.num_tokens("video"),
+        audio_values=_joined(torch.stack, media.tensors["audio"], "sounds"),
+        audio_grids=media.grids("audio"),
+        audio_num_tokens=media.num_tokens("audio"),
+        instructions=tuple(media.instructions),
+        keys=tuple(sample.key for sample in samples),
+        skipped=skipped,
+        step=step,
+    )
+
+
+def instruction_of(turns: Sequence[Turn]) -> str:
+    """The human turns without placeholders, one a line."""
+    texts = (_PLACEHOLDER.sub("", turn.text).strip() for turn in turns if turn.role == "user")
+    return "\n".join(text for text in texts if text)
+
+
+@dataclass(slots=True)
+class _Collected:
+    """The media of a row, per kind in order."""
+
+    tensors: dict[MediaKind, list[Tensor]] = field(default_factory=lambda: {kind: [] for kind in MEDIA_KINDS})
+    tokens: dict[MediaKind, list[MediaTokens]] = field(default_factory=lambda: {kind: [] for kind in MEDIA_KINDS})
+    instructions: list[str] = field(default_factory=list)
+
+    def add(self, sample: PreparedSample) -> None:
+        for kind, tensors in sample.media.items():
+            self.tensors[kind] += tensors
+            self.tokens[kind] += sample.tokens[kind]
+            self.instructions += [sample.instruction] * len(tensors)
+
+    def grids(self, kind: MediaKind) -> tuple[Grid, ...]:
+        return tuple(counted.grid for counted in self.tokens[kind])
+
+    def num_tokens(self, kind: MediaKind) -> tuple[int, ...]:
+        return tuple(counted.num_tokens for counted in self.tokens[kind])
+
+
+def _by_source(members: Sequence[PlannedSample]) -> dict[int, list[int]]:
+    numbers: dict[int, list[int]] = {}
+    for planned in members:
+        numbers.setdefault(planned.source, []).append(planned.number)
+    return numbers
+
+
+def _stacked_pictures(pictures: list[Tensor]) -> Tensor:
+    """``torch.stack`` into channels-last memory, as transforms leave pictures: a plain copy of bytes."""
+    stacked = torch.empty(
+        (len(pictures), *pictures[0].shape), dtype=pictures[0].dtype, memory_format=torch.channels_last
+    )
+    return torch.stack(pictures, out=stacked)
+
+
+def _joined(join: Callable[[list[Tensor]], Any], tensors: list[Tensor], name: str) -> Tensor | None:
+    if not tensors:
+        return None
+    try:
+        joined = join(tensors)
+    except RuntimeError:
+        shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+        raise ShapeError(f"the {name} of a row have different shapes {shapes}; use a transform of fixed size") from None
+    assert isinstance(joined, Tensor)
+    return joined
+
+
+def _alignment_row(step: int | None, skipped: tuple[SkippedSample, ...]) -> PackedRow:
+    return PackedRow(
+        input_ids=torch.zeros(_ALIGNMENT_TOKENS, dtype=torch.int64),
+        labels=torch.full((_ALIGNMENT_TOKENS,), IGNORE_INDEX, dtype=torch.int64),
+        position_ids=torch.arange(_ALIGNMENT_TOKENS),
+        cu_seq_lens=torch.tensor([0, _ALIGNMENT_TOKENS], dtype=torch.int32),
+        skipped=skipped,
+        step=step,
+    )
+
+
+def _error(sample: Sample, reason: str) -> SampleError:
+    return SampleError(reason, shard=sample.shard, key=sample.key)
