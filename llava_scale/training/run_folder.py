@@ -34,6 +34,8 @@ HARMLESS = (
     "data.cache_*",
     "data.max_bad_*",
     "data.eval_sources*",
+    "data.sources.*.path",  # data that moved is fine: the loader's state proves that it is the same
+    "data.sources.*.name",
     "train.output_dir",
     "train.max_bad_steps",
     "train.eval_*",

@@ -143,10 +143,15 @@ def build_parts(config: Config, device: torch.device, ranks: Ranks, skipped_log:
         "encoder": processor.chat_encoder,
         "counter": processor.token_counter,
         "image_transform": processor.image_transform,
+        "pin_memory": device.type == "cuda",
     }
-    rows = config.train.rows_per_step
     stream = open_stream(
-        config.data, rows_per_step=rows, rank=ranks.rank, world_size=ranks.size, skipped_log=skipped_log, **shared
+        config.data,
+        rows_per_step=config.train.rows_per_step,
+        rank=ranks.rank,
+        world_size=ranks.size,
+        skipped_log=skipped_log,
+        **shared,
     )
     has_eval = bool(config.data.eval_sources or config.data.holdout)
     return Parts(

@@ -147,8 +147,11 @@ class Trainer:
         """Add a row's gradients; return its share of the step's loss (scalar on the device)."""
         self.meter.add_row(row)
         with self._autocast():
-            inputs = row_inputs(row.pin_memory() if self.device.type == "cuda" else row, device=self.device)
-            output = self.model(**inputs, num_items_in_batch=max(num_tokens, 1), loss_chunk=self.config.loss_chunk)
+            output = self.model(
+                **row_inputs(row, device=self.device),
+                num_items_in_batch=max(num_tokens, 1),
+                loss_chunk=self.config.loss_chunk,
+            )
         output.loss.backward()
         loss: Tensor = output.loss.detach()
         return loss
