@@ -269,11 +269,8 @@ def _by_source(members: Sequence[PlannedSample]) -> dict[int, list[int]]:
 
 
 def _stacked_pictures(pictures: list[Tensor]) -> Tensor:
-    """``torch.stack`` into channels-last memory, as transforms leave pictures: a plain copy of bytes."""
-    stacked = torch.empty(
-        (len(pictures), *pictures[0].shape), dtype=pictures[0].dtype, memory_format=torch.channels_last
-    )
-    return torch.stack(pictures, out=stacked)
+    """``torch.stack`` that keeps the channels-last memory of transforms' pictures: a plain copy of bytes."""
+    return torch.stack([picture.permute(1, 2, 0) for picture in pictures]).permute(0, 3, 1, 2)
 
 
 def _joined(join: Callable[[list[Tensor]], Any], tensors: list[Tensor], name: str) -> Tensor | None:
