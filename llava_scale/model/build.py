@@ -64,7 +64,7 @@ def build_model(config: ModelConfig, *, chat_template: str, seed: int) -> BuiltM
     if not config.preset and not (config.language_model and config.vision_tower):
         raise ConfigError("model needs both language_model and vision_tower, or preset, or init_from")
     with _seeded(seed):
-        tokenizer = tiny_tokenizer() if config.preset else AutoTokenizer.from_pretrained(config.language_model)
+        tokenizer = tiny_tokenizer() if config.preset else _named_tokenizer(config.language_model)
         add_placeholders(tokenizer)
         language_model = _language_model(config, tokenizer, dtype)
         full, tower = _config_and_tower(config, language_model.config, dtype)
@@ -85,13 +85,13 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
     """
     try:
         model, report = LlavaScaleForConditionalGeneration.from_pretrained(
-            path, dtype=dtype or "auto", output_loading_info=True
+            path, dtype=dtype or "auto", output_loading_info=True, ignore_mismatched_sizes=True
         )
         processor = LlavaScaleProcessor.from_pretrained(path)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(str(key) for key in report[problem])
+        keys = sorted(key if isinstance(key, str) else key[0] for key in report[problem])
         if keys:
             raise CheckpointError(
                 f"{path}: {len(keys)} {problem.replace('_', ' ')}, first {keys[0]!r}; the checkpoint is torn or "
@@ -172,6 +172,13 @@ def _finish(
     return model, processor
 
 
+def _named_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the tokenizer of model.language_model {name!r} cannot be loaded: {error}") from error
+
+
 def _language_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> PreTrainedModel:
     """Language model with room for the tokenizer, checked for what we need of it."""
     if config.preset:
@@ -208,8 +215,8 @@ def _config_and_tower(
     vision: dict[str, Any] = {"image_mean": OPENAI_MEAN, "image_std": OPENAI_STD, "image_size": config.image_size}
     pretrained = None
     if ":" in config.vision_tower:
-        custom = CustomVisionConfig(import_path=config.vision_tower, kwargs=config.vision_tower_kwargs)
-        encoder = import_encoder(custom.import_path, custom.kwargs)
+        custom = CustomVisionConfig(import_path=config.vision_tower, arguments=config.vision_tower_kwargs)
+        encoder = import_encoder(custom.import_path, custom.arguments)
         vision |= {"vision_config": custom, "image_mean": encoder.image_mean, "image_std": encoder.image_std}
         vision["image_size"] = config.image_size or encoder.image_size
     elif config.preset:

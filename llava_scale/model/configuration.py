@@ -20,15 +20,15 @@ class CustomVisionConfig(PreTrainedConfig):
 
     Args:
         import_path: ``package.module:Class``; the module must be importable where the checkpoint is loaded.
-        kwargs: Arguments of its constructor.
+        arguments: Of its constructor, by name.
     """
 
     model_type = "llava_scale_custom_vision"
     base_config_key = "vision_config"
 
-    def __init__(self, import_path: str = "", kwargs: dict[str, Any] | None = None, **base: Any) -> None:
+    def __init__(self, import_path: str = "", arguments: dict[str, Any] | None = None, **base: Any) -> None:
         self.import_path = import_path
-        self.kwargs = dict(kwargs or {})
+        self.arguments = dict(arguments or {})
         super().__init__(**base)
 
 

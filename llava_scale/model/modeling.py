@@ -24,7 +24,13 @@ from llava_scale.model.configuration import CustomVisionConfig, LlavaScaleConfig
 from llava_scale.model.head import LogitHead
 from llava_scale.model.loss import LOSS_CHUNK, next_token_targets, summed_cross_entropy
 from llava_scale.model.splice import check_count, splice
-from llava_scale.towers import CustomVisionTower, PixelNormalizer, TransformersVisionTower, VisionTower
+from llava_scale.towers import (
+    CustomVisionTower,
+    PixelNormalizer,
+    TransformersVisionTower,
+    VisionTower,
+    restore_constants,
+)
 
 
 @dataclass
@@ -276,6 +282,8 @@ class LlavaScaleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             module.reset_parameters()
         elif isinstance(module, PixelNormalizer):
             module.reset_buffers()
+        else:
+            restore_constants(module)
 
     def get_input_embeddings(self) -> nn.Module:
         """Embeddings of the language model."""
@@ -307,7 +315,7 @@ def build_tower(config: LlavaScaleConfig, model: PreTrainedModel | None = None) 
         "feature_select": config.vision_feature_select,
     }
     if isinstance(config.vision_config, CustomVisionConfig):
-        return CustomVisionTower(config.vision_config.import_path, config.vision_config.kwargs, **pictures)
+        return CustomVisionTower(config.vision_config.import_path, config.vision_config.arguments, **pictures)
     return TransformersVisionTower(
         config.vision_config, feature_layer=config.vision_feature_layer, model=model, **pictures
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llava_scale.towers.base import PixelNormalizer, VisionEncoder, import_encoder
+from llava_scale.towers.base import PixelNormalizer, VisionEncoder, import_encoder, restore_constants
 from llava_scale.towers.vision import CustomVisionTower, TransformersVisionTower, VisionTower
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "VisionEncoder",
     "VisionTower",
     "import_encoder",
+    "restore_constants",
 ]
 
 VISION_TOWERS: dict[str, type[VisionTower]] = {

@@ -75,6 +75,21 @@ class PixelNormalizer(nn.Module):
         return normalised.to(dtype)
 
 
+def remember_constants(module: nn.Module) -> None:
+    """Keep a copy of the buffers below ``module`` that no checkpoint holds, for ``restore_constants``."""
+    for part in module.modules():
+        held = part._non_persistent_buffers_set
+        part.constants = {name: value.clone() for name, value in part.named_buffers(recurse=False) if name in held}  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def restore_constants(module: nn.Module) -> None:
+    """Write what ``remember_constants`` kept for ``module`` itself over memory that loading left empty."""
+    constants: dict[str, Tensor] = module.__dict__.get("constants", {})
+    for name, value in constants.items():
+        module.get_buffer(name).copy_(value)
+
+
 def import_encoder(import_path: str, kwargs: dict[str, str | int | float | bool]) -> nn.Module:
     """Build the tower that ``package.module:Class`` names.
 

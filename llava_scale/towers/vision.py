@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from llava_scale.errors import ConfigError, ShapeError
-from llava_scale.towers.base import PixelNormalizer, import_encoder
+from llava_scale.towers.base import PixelNormalizer, import_encoder, remember_constants
 
 FeatureSelect = Literal["patch", "full"]
 
@@ -184,6 +184,7 @@ class CustomVisionTower(VisionTower):
         # Real memory even while a checkpoint is being loaded: only the module knows its constants.
         with torch.device("cpu"):
             self.model = cast("Any", import_encoder(import_path, kwargs))
+        remember_constants(self.model)
         self.hidden_size = int(self.model.hidden_size)
         self.num_prefix_tokens = 0
 
