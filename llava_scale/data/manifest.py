@@ -72,8 +72,7 @@ class DatasetInfo:
 
     def to_bytes(self) -> bytes:
         """Return the content of ``dataset.json``."""
-        columns = (self.names, self.num_samples, self.num_bytes, self.sha256)
-        content = {
+        head = {
             "format": "llava_scale.dataset",
             "format_version": FORMAT_VERSION,
             "num_samples": sum(self.num_samples),
@@ -81,9 +80,9 @@ class DatasetInfo:
             "num_bytes": sum(self.num_bytes),
             "modalities": self.modalities,
             "prepared": self.prepared,
-            "shards": dict(zip(_COLUMNS, columns, strict=True)),
         }
-        return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+        columns = dict(zip(_COLUMNS, (self.names, self.num_samples, self.num_bytes, self.sha256), strict=True))
+        return f'{{\n{_lines(head)},\n"shards": {{\n{_lines(columns)}\n}}\n}}\n'.encode()
 
     def save(self, folder: Path) -> None:
         """Write ``dataset.json`` into ``folder`` atomically."""
@@ -134,3 +133,8 @@ def modality_counts(index: ShardIndex) -> dict[str, int]:
             kinds = [kind for bit, kind in enumerate(MEDIA_KINDS) if value >> bit & 1]
             found["+".join(kinds) or "text"] = number
     return found
+
+
+def _lines(content: dict[str, Any]) -> str:
+    """Return the members of a JSON object, one a line."""
+    return ",\n".join(f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in content.items())

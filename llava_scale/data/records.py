@@ -109,6 +109,10 @@ def _read_turns(record: Mapping[str, Any]) -> tuple[Turn, ...]:
         text = message.get("value") if isinstance(message, dict) else None
         if not isinstance(speaker, str) or not isinstance(text, str):
             raise SampleError(f"message {number} is no {{'from', 'value'}} object with two texts")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise SampleError(f"message {number} holds half of a surrogate pair; write the text in UTF-8") from None
         role = _ROLES.get(speaker)
         if role is None:
             raise SampleError(f"message {number} is from {speaker!r}; known: {', '.join(_ROLES)}")

@@ -1,0 +1,122 @@
+"""Write one shard: tar and index, whole or not at all, and the same bytes for the same samples."""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO
+
+from llava_scale.data.files import publish, sync, temporary_name
+from llava_scale.data.index import IndexBuilder, MediaEntry, SampleEntry, ShardIndex, media_order
+from llava_scale.data.indexing import count_media, describe
+from llava_scale.data.names import RECORD_SUFFIX, escape_key, media_suffix
+from llava_scale.data.opening import index_name
+from llava_scale.data.tarwalk import BLOCK
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+    from types import TracebackType
+
+    from llava_scale.types import MediaInfo, MediaKind
+
+_RECORD = 20 * BLOCK  # tars end at a multiple of this
+
+
+@dataclass(frozen=True, slots=True)
+class NewMedia:
+    """A file to be stored with a sample; ``number``, ``frame`` and ``info`` as in ``MediaEntry``."""
+
+    kind: MediaKind
+    ext: str
+    number: int
+    frame: int
+    data: bytes
+    info: MediaInfo
+
+
+class ShardWriter:
+    """Context manager that writes samples to ``path``; the shard appears under its name when it is finished.
+
+    The index is written after the tar, so a shard with a matching index is whole.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._temporary = temporary_name(path)
+        self._digest = hashlib.sha256()
+        self._builder = IndexBuilder()
+        self._position = 0
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> ShardWriter:
+        self._file = self._temporary.open("wb", buffering=1 << 20)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples written so far."""
+        return len(self._builder.samples)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes written so far."""
+        return self._position
+
+    def add(self, key: str, record: bytes, media: Sequence[NewMedia]) -> None:
+        """Append a sample: its media in order, then its record; ``key`` is the id, unescaped."""
+        stored = escape_key(key)
+        entries = []
+        ordered = sorted(media, key=lambda item: media_order(self._entry(item, 0)))
+        counts = count_media([self._entry(item, 0) for item in ordered])
+        for item in ordered:
+            suffix = media_suffix(item.kind, item.ext, item.number, item.frame, count=counts[item.kind])
+            entries.append(self._entry(item, self._append(f"{stored}.{suffix}", item.data)))
+        offset = self._append(f"{stored}.{RECORD_SUFFIX}", record)
+        described, text_chars = describe(record, entries)
+        self._builder.add(SampleEntry(key, offset, len(record), tuple(described)), text_chars=text_chars)
+
+    def finish(self) -> ShardIndex:
+        """Give the shard its name, write its index beside it, and return that."""
+        assert self._file is not None
+        self._write(bytes(2 * BLOCK))
+        self._write(bytes(-self._position % _RECORD))
+        self._file.flush()
+        sync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        index = self._builder.build(self._path.name, tar_bytes=self._position, tar_sha256=self._digest.hexdigest())
+        index_path = self._path.with_name(index_name(self._path.name))
+        index_path.unlink(missing_ok=True)
+        publish(self._temporary, self._path)
+        index.save(index_path)
+        return index
+
+    def _append(self, name: str, data: bytes) -> int:
+        """Write a member; return where its bytes start."""
+        header = tarfile.TarInfo(name)
+        header.size = len(data)
+        header.mode = 0o644
+        self._write(header.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict"))
+        offset = self._position
+        self._write(data)
+        self._write(bytes(-len(data) % BLOCK))
+        return offset
+
+    def _write(self, data: bytes) -> None:
+        assert self._file is not None
+        self._file.write(data)
+        self._digest.update(data)
+        self._position += len(data)
+
+    @staticmethod
+    def _entry(item: NewMedia, offset: int) -> MediaEntry:
+        return MediaEntry(item.kind, item.ext, item.number, item.frame, offset, len(item.data), item.info)
