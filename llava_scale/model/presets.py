@@ -10,6 +10,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
 START, END = "<|im_start|>", "<|im_end|>"
 PAD = "<pad>"
 VOCABULARY_MULTIPLE = 64
+WORD_SCORE, BYTE_SCORE = -1.0, -10.0
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -96,13 +97,14 @@ def tiny_text_config(vocab_size: int, sizes: TinySizes = TINY) -> LlamaConfig:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE that knows ``WORDS`` as whole tokens and every other text as bytes; a ChatML-like template."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {symbol: number for number, symbol in enumerate(alphabet)}
-    merges: list[tuple[str, str]] = []
-    for word in _spellings():
-        _add_word(word, vocab, merges)
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    """Tokenizer that knows ``WORDS`` as whole tokens and every other text as bytes; a ChatML-like template.
+
+    The most probable split of a text is taken (a unigram model), so a word never falls apart because a part of it is
+    a word as well.
+    """
+    pieces = [(symbol, BYTE_SCORE) for symbol in sorted(pre_tokenizers.ByteLevel.alphabet())]
+    pieces += [(word, WORD_SCORE) for word in dict.fromkeys(_spellings()) if len(word) > 1]
+    tokenizer = Tokenizer(models.Unigram(vocab=pieces))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (START, END, PAD)])
@@ -120,13 +122,3 @@ def _spellings() -> list[str]:
     """Each word plain, after a space and with a capital, in the byte alphabet, where a space is written ``Ġ``."""
     plain = WORDS.split()
     return [*plain, *(f"Ġ{word}" for word in plain), *(word.capitalize() for word in plain)]
-
-
-def _add_word(word: str, vocab: dict[str, int], merges: list[tuple[str, str]]) -> None:
-    """Add the merges that build ``word`` from the left, and their results, where they are new."""
-    built = word[0]
-    for letter in word[1:]:
-        if built + letter not in vocab:
-            vocab[built + letter] = len(vocab)
-            merges.append((built, letter))
-        built += letter

@@ -31,7 +31,7 @@ def test_the_cache_changes_nothing(lively):
     model, processor = lively
     inputs = processor("<image> what color ?", images=RED)
     answer = generated(model, inputs)
-    assert len(set(answer[0])) > 2
+    assert len(set(answer[0])) > 1
     assert generated(model, inputs, use_cache=False) == answer
 
 
