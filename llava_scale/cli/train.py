@@ -38,9 +38,12 @@ def train(
 
 
 def _train(settings: Config, *, resume: bool) -> int:
+    from transformers.utils.logging import disable_progress_bar
+
     from llava_scale.training.trackers import ConsoleTracker
     from llava_scale.training.trainer import train as run_training
 
+    disable_progress_bar()  # one bar is enough
     try:
         result = run_training(settings, resume=resume, trackers=[ConsoleTracker()])
     except KeyboardInterrupt:

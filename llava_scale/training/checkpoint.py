@@ -19,11 +19,10 @@ import logging
 import platform
 import re
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import safetensors
 import torch
-import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -272,6 +271,5 @@ def _versions() -> dict[str, str]:
         "llava_scale": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
+        **{name: version(name) for name in ("transformers", "safetensors", "numpy")},
     }

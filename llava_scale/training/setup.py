@@ -246,7 +246,9 @@ def _prepare_model(model: nn.Module, recipe: Recipe, config: Config) -> None:
         )
     if config.train.gradient_checkpointing:
         language_model: Any = model.get_submodule("language_model")
-        language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        name = "activation_checkpointing_enable"  # its new name in transformers 5
+        enable = getattr(language_model, name, None) or language_model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         set_training_modes(model)
 
 

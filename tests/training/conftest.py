@@ -58,11 +58,21 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def make_shards(tmp_path: Path) -> Callable[..., Path]:
+    """Shards of one test; arguments as in ``write_shards``."""
+    return lambda **arguments: write_shards(tmp_path / "own_shards", **arguments)
+
+
+@pytest.fixture
 def make_config(shards: Path, tmp_path: Path) -> Callable[..., Config]:
     """Config of a run of a few seconds; ``section={...}`` changes settings, ``data_path`` the shards."""
 
     def make(
-        *, data_path: Path = shards, data: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **train: Any
+        *,
+        data_path: Path = shards,
+        data: dict[str, Any] | None = None,
+        model: dict[str, Any] | None = None,
+        **train: Any,
     ) -> Config:
         tree = {
             "seed": 7,

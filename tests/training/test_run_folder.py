@@ -65,7 +65,13 @@ def test_a_log_that_is_not_there_has_no_lines(tmp_path):
 
 def test_settings_that_compute_the_same_may_change_on_resume(tmp_path, recipe):
     stored = to_dict(load_config(recipe))
-    overrides = ["train.log_every=1", "data.num_workers=0", "train.eval_rows=3", "data.cache_dir=x", "data.sources.0.path=moved"]
+    overrides = [
+        "train.log_every=1",
+        "data.num_workers=0",
+        "train.eval_rows=3",
+        "data.cache_dir=x",
+        "data.sources.0.path=moved",
+    ]
     check_same_run(stored, load_config(recipe, overrides), tmp_path)
 
 
