@@ -49,6 +49,7 @@ class ShardedDataset:
         np.cumsum(info.num_samples, out=self._starts[1:])
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._lock = threading.Lock()
+        store.expect(info.names, info.num_bytes, info.sha256)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {"info": self.info, "store": self.store, "name": self.name, "path": self.path}

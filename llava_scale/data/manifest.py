@@ -137,4 +137,4 @@ def modality_counts(index: ShardIndex) -> dict[str, int]:
 
 def _lines(content: dict[str, Any]) -> str:
     """Return the members of a JSON object, one a line."""
-    return ",\n".join(f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in content.items())
+    return ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in content.items())

@@ -91,6 +91,10 @@ class Store(ABC):
         return [self.read(name, offset, size) for offset, size in ranges]
 
     @abstractmethod
+    def expect(self, names: Sequence[str], num_bytes: Sequence[int], sha256: Sequence[str]) -> None:
+        """Tell what ``dataset.json`` says of the shards, so that copies of them can be checked."""
+
+    @abstractmethod
     def prefetch(self, name: str, ranges: Iterable[Range]) -> None:
         """Start fetching ranges of one file that will be read soon; a hint that changes no result."""
 
@@ -152,6 +156,10 @@ class LocalStore(Store):
     @override
     def list_tars(self) -> list[str]:
         return sorted(path.name for path in Path(self.root).glob("*.tar") if not path.name.startswith("."))
+
+    @override
+    def expect(self, names: Sequence[str], num_bytes: Sequence[int], sha256: Sequence[str]) -> None:
+        del names, num_bytes, sha256  # files here are read in place
 
     @override
     def prefetch(self, name: str, ranges: Iterable[Range]) -> None:
