@@ -63,6 +63,8 @@ def build_model(config: ModelConfig, *, chat_template: str, seed: int) -> BuiltM
         return _continue_from(config, dtype, chat_template)
     if not config.preset and not (config.language_model and config.vision_tower):
         raise ConfigError("model needs both language_model and vision_tower, or preset, or init_from")
+    if config.vision_tower_kwargs and ":" not in config.vision_tower:
+        raise ConfigError("model.vision_tower_kwargs is for a tower by import path (package.module:Class) only")
     with _seeded(seed):
         tokenizer = tiny_tokenizer() if config.preset else _named_tokenizer(config.language_model)
         add_placeholders(tokenizer)

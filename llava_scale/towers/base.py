@@ -9,7 +9,7 @@ Legend: ``B`` pictures, ``N`` tokens, ``D`` width, ``H``/``W`` pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Protocol
 
@@ -50,29 +50,38 @@ class PixelNormalizer(nn.Module):
         std: Per channel, of pixels in [0, 1].
     """
 
-    mean: Tensor
-    std: Tensor
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self._values = (tuple(mean), tuple(std))
-        self.register_buffer("mean", torch.empty(1, len(mean), 1, 1, dtype=torch.float32), persistent=False)
-        self.register_buffer("std", torch.empty(1, len(std), 1, 1, dtype=torch.float32), persistent=False)
+        self._values = (
+            tuple(1.0 / (255.0 * deviation) for deviation in std),
+            tuple(-centre / deviation for centre, deviation in zip(mean, std, strict=True)),
+        )
+        for name in ("scale", "shift"):
+            self.register_buffer(name, torch.empty(1, len(mean), 1, 1, dtype=torch.float32), persistent=False)
         self.reset_buffers()
 
     @torch.no_grad()
     def reset_buffers(self) -> None:
         """Write the constants again, for weights that were loaded over empty memory."""
-        for buffer, values in zip((self.mean, self.std), self._values, strict=True):
+        for buffer, values in zip((self.scale, self.shift), self._values, strict=True):
             if not buffer.is_meta:
                 buffer.copy_(torch.tensor(values).view(1, -1, 1, 1))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PixelNormalizer:
+        """Follow the model to its device, but stay float32: sixteen bits would shift every colour."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.scale, self.shift = self.scale.float(), self.shift.float()
+        self.reset_buffers()
+        return self
 
     def forward(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         """Return pictures ``(B, 3, H, W)`` as ``dtype``, ready for the encoder."""
         if pixels.is_floating_point():
             return pixels.to(dtype)
-        normalised = (pixels.float() / 255.0 - self.mean.float()) / self.std.float()
-        return normalised.to(dtype)
+        return torch.addcmul(self.shift, pixels, self.scale).to(dtype)
 
 
 def remember_constants(module: nn.Module) -> None:

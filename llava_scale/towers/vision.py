@@ -212,7 +212,7 @@ def as_tokens(features: Tensor) -> Tensor:
 
 
 def cut_at_layer(model: PreTrainedModel, feature_layer: int) -> None:
-    """Drop everything above ``hidden_states[feature_layer]`` from ``model``, in place.
+    """Drop everything from ``model`` that ``hidden_states[feature_layer]`` does not need, in place.
 
     Raises:
         ConfigError: the model has no such layer, or no plain stack of blocks to cut.
@@ -238,6 +238,9 @@ def cut_at_layer(model: PreTrainedModel, feature_layer: int) -> None:
             setattr(model, norm, nn.Identity())
     if isinstance(getattr(model, "pooler", None), nn.Module):
         model.pooler = None
+    embeddings = getattr(model, "embeddings", None)
+    if embeddings is not None and isinstance(getattr(embeddings, "mask_token", None), nn.Parameter):
+        embeddings.mask_token = None
     if getattr(model, "use_head", False):
         model.use_head = False
         del model.head

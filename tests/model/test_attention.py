@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config
 
 from llava_scale.errors import ConfigError, ShapeError
+from llava_scale.model import attention
 from llava_scale.model.attention import PACKED, PackedLayout, packed_attention, packed_pass, register
 
 register()
@@ -222,3 +223,38 @@ def test_a_new_layout_does_not_compile_again():
     assert num_frames[0] > 0
     assert num_frames[-1] == num_frames[0]
     torch._dynamo.reset()
+
+
+def test_the_variable_length_kernel_is_asked_for_the_same_attention(monkeypatch):
+    """The kernel itself needs a GPU; here an explicit mask stands in for it, by its documented contract."""
+    lengths, seen = (4, 1, 7), []
+
+    def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        seen.append((query.shape, key.shape, cu_q.dtype, cu_q.tolist(), max_q, max_k, enable_gqa))
+        assert cu_k is cu_q
+        left, right = window_size
+        assert right == 0
+        heads = [x.transpose(0, 1)[None] for x in (query, key, value)]
+        return reference(*heads, lengths, window=10**6 if left < 0 else left + 1, scaling=scale)[0]
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    inputs = [torch.randn(1, heads, 12, 8) for heads in (6, 2, 2)]
+    for window, scaling in ((None, None), (3, 0.7)):
+        output = attention._varlen(*inputs, layout_of(lengths), window, scaling)
+        assert torch.allclose(output, attend(*inputs, lengths, window=window, scaling=scaling), atol=1e-5)
+    assert seen[0] == ((12, 6, 8), (12, 2, 8), torch.int32, [0, 4, 5, 12], 7, 7, True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_variable_length_kernel_matches_an_explicit_mask(window):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    lengths = (40, 1, 70)
+    inputs = [torch.randn(1, heads, 111, 64, device="cuda", dtype=torch.bfloat16) for heads in (6, 2, 2)]
+    offsets = torch.tensor([0, 40, 41, 111])
+    layout = PackedLayout.of(offsets, row_length=111, device=torch.device("cuda"))
+    mask = None if window is None else torch.full((1, 1, 1, 1), window)
+    output, _ = packed_attention(nn.Module(), *inputs, mask, packed_layout=layout)
+    expected = reference(*(x.float().cpu() for x in inputs), lengths, window=window or 10**6)
+    assert torch.allclose(output.float().cpu(), expected, atol=3e-2)

@@ -160,7 +160,7 @@ def test_conversations_come_in_batches(processor):
 
 @pytest.mark.parametrize("template", ["plain", "vicuna_v1", "native"])
 def test_a_saved_processor_comes_back_equal(tiny, tmp_path, template):
-    model, processor = tiny
+    _, processor = tiny
     fields = {name: getattr(processor, name) for name in ("image_size", "image_grid", "image_num_tokens", "image_mean")}
     ours = LlavaScaleProcessor(processor.tokenizer, **fields, chat_template_name=template, image_aspect_ratio="resize")
     native = ours.tokenizer.chat_template
