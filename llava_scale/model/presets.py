@@ -74,6 +74,7 @@ def tiny_vision_config(sizes: TinySizes = TINY) -> CLIPVisionConfig:
         intermediate_size=sizes.vision_width * sizes.mlp_ratio,
         num_hidden_layers=sizes.vision_layers,
         num_attention_heads=sizes.vision_heads,
+        hidden_act="gelu",  # one kernel; CLIP's own quick_gelu is three
         image_size=sizes.image_size,
         patch_size=sizes.patch_size,
     )
