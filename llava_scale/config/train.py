@@ -45,8 +45,9 @@ class TrainConfig:
     """AdamW's epsilon."""
     max_grad_norm: NonNegative = 1.0
     """Global gradient norm is clipped to this; 0 does not clip."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Type of the matrix work (autocast); weights and optimizer stay in ``model.torch_dtype``."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type of the matrix work (autocast); weights and optimizer stay in ``model.torch_dtype``. ``auto`` is bf16 where
+    the hardware multiplies it faster (CUDA devices from Ampere on, CPUs with AMX), else fp32."""
     gradient_checkpointing: bool = False
     """Recompute the language model's layers in the backward pass instead of holding them."""
     max_bad_steps: Count = 5

@@ -84,6 +84,7 @@ class Run:
         config: All settings.
         folder: Run folder.
         device: Where it trains.
+        precision: ``bf16`` or ``fp32``, chosen for the device where the config leaves it open.
         ranks: This process among those of the run.
         parts: Model and data.
         recipe: What is trained.
@@ -97,6 +98,7 @@ class Run:
     config: Config
     folder: RunFolder
     device: torch.device
+    precision: str
     ranks: Ranks
     parts: Parts
     recipe: Recipe
@@ -118,6 +120,7 @@ class Run:
             model=self.parts.model,
             recipe=self.recipe,
             device=_device_name(self.device),
+            precision=self.precision,
             num_samples=self.parts.stream.num_samples,
             start_step=self.start_step,
             total_steps=self.total_steps,
@@ -199,6 +202,7 @@ def prepare_run(
         config=config,
         folder=folder,
         device=device,
+        precision=_choose_precision(config, device),
         ranks=ranks,
         parts=parts,
         recipe=recipe,
@@ -234,6 +238,16 @@ def _choose_device(config: Config) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"train.device is {name}, but torch sees no CUDA device; llava-scale doctor tells more")
     return torch.device(name)
+
+
+def _choose_precision(config: Config, device: torch.device) -> str:
+    """AVX-512's own bf16 instructions are slower than fp32 in practice, so only AMX counts on a CPU."""
+    if config.train.precision != "auto":
+        return config.train.precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    capabilities: dict[str, Any] = dict(getattr(torch.cpu, "get_capabilities", dict)())
+    return "bf16" if capabilities.get("amx_bf16") else "fp32"
 
 
 def _prepare_model(model: nn.Module, recipe: Recipe, config: Config) -> None:

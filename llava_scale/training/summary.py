@@ -120,8 +120,8 @@ class TrainResult:
 
 
 def summarize(
-    config: Config, *, model: nn.Module, recipe: Recipe, device: str, num_samples: int, start_step: int,
-    total_steps: int, steps_per_epoch: float, output_dir: Path,
+    config: Config, *, model: nn.Module, recipe: Recipe, device: str, precision: str, num_samples: int,
+    start_step: int, total_steps: int, steps_per_epoch: float, output_dir: Path,
 ) -> RunSummary:  # fmt: skip
     """Return the opening summary of a run that is ready to start."""
     packing, rows = config.data.packing, config.train.rows_per_step
@@ -132,25 +132,27 @@ def summarize(
         name=config.name,
         stage=config.train.stage,
         device=device,
-        precision=config.train.precision,
+        precision=precision,
         modules=recipe.modules,
         num_samples=num_samples,
         start_step=start_step,
         total_steps=total_steps,
         epochs=total_steps / steps_per_epoch if steps_per_epoch else 0.0,
         step_size=f"{rows} row{'s' if rows > 1 else ''} of {size}{full}",
-        memory=estimate_memory(model, config.train, row_tokens=packing.row_length if by_tokens else 0),
+        memory=estimate_memory(
+            model, config.train, precision=precision, row_tokens=packing.row_length if by_tokens else 0
+        ),
         output_dir=output_dir,
     )
 
 
-def estimate_memory(model: nn.Module, config: TrainConfig, *, row_tokens: int) -> MemoryEstimate:
+def estimate_memory(model: nn.Module, config: TrainConfig, *, precision: str, row_tokens: int) -> MemoryEstimate:
     """Estimate what training ``model`` takes; ``row_tokens`` is the length of a full row, 0 if unknown."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     trained = sum(
         parameter.numel() * parameter.element_size() for parameter in model.parameters() if parameter.requires_grad
     )
-    activations = row_tokens * _activation_bytes_per_token(model, config)
+    activations = row_tokens * _activation_bytes_per_token(model, config, precision)
     logits = min(config.loss_chunk, row_tokens) * _text_value(model, "vocab_size") * 4 * 3
     return MemoryEstimate(
         weights=weights / _GIB,
@@ -159,7 +161,7 @@ def estimate_memory(model: nn.Module, config: TrainConfig, *, row_tokens: int) -
     )
 
 
-def _activation_bytes_per_token(model: nn.Module, config: TrainConfig) -> int:
+def _activation_bytes_per_token(model: nn.Module, config: TrainConfig, precision: str) -> int:
     """Bytes that the language model's layers hold for the backward pass, per token of a row.
 
     A layer keeps about 12 vectors of its width (norms in float32, queries, keys, values, attention's output, the
@@ -167,7 +169,7 @@ def _activation_bytes_per_token(model: nn.Module, config: TrainConfig) -> int:
     """
     layers, width = _text_value(model, "num_hidden_layers"), _text_value(model, "hidden_size")
     inner = _text_value(model, "intermediate_size")
-    layer = (12 * width + 3 * inner) * (2 if config.precision == "bf16" else 4)
+    layer = (12 * width + 3 * inner) * (2 if precision == "bf16" else 4)
     return layers * width * 4 + layer if config.gradient_checkpointing else layers * layer
 
 

@@ -272,5 +272,5 @@ class Trainer:
         )
 
     def _autocast(self) -> torch.autocast:
-        enabled = self.config.precision == "bf16"
+        enabled = self.run.precision == "bf16"
         return torch.autocast(device_type=self.device.type, dtype=torch.bfloat16, enabled=enabled)

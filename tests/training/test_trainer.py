@@ -397,3 +397,12 @@ def test_neither_steps_nor_epochs_is_refused(make_config):
 def test_float16_weights_are_not_trained(make_config):
     with pytest.raises(ConfigError, match="train in float32 or bfloat16"):
         train(make_config(model={"torch_dtype": "float16"}))
+
+
+def test_the_precision_is_chosen_for_the_device_where_it_is_left_open(make_config, monkeypatch):
+    chosen = {}
+    for amx in (False, True):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda amx=amx: {"amx_bf16": amx}, raising=False)
+        chosen[amx] = dry_run(make_config(precision="auto"))[0].precision
+    assert chosen == {False: "fp32", True: "bf16"}
+    assert dry_run(make_config(precision="bf16"))[0].precision == "bf16"
