@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,8 @@ from llava_scale.towers.hub import (
 )
 from llava_scale.towers.vision import own_image_size
 from llava_scale.types import PLACEHOLDERS
+
+logger = logging.getLogger(__name__)
 
 BuiltModel = tuple[LlavaScaleForConditionalGeneration, LlavaScaleProcessor]
 
@@ -217,6 +220,7 @@ def _config_and_tower(
     vision: dict[str, Any] = {"image_mean": OPENAI_MEAN, "image_std": OPENAI_STD, "image_size": config.image_size}
     pretrained = None
     if ":" in config.vision_tower:
+        _warn_of_unused(config)
         custom = CustomVisionConfig(import_path=config.vision_tower, arguments=config.vision_tower_kwargs)
         encoder = import_encoder(custom.import_path, custom.arguments)
         vision |= {"vision_config": custom, "image_mean": encoder.image_mean, "image_std": encoder.image_std}
@@ -243,6 +247,14 @@ def _config_and_tower(
     if isinstance(tower, TransformersVisionTower):
         check_cut(tower, expected)
     return full, tower
+
+
+def _warn_of_unused(config: ModelConfig) -> None:
+    """A tower by import path decides itself which features it returns."""
+    defaults = ModelConfig()
+    for name in ("vision_feature_layer", "vision_feature_select"):
+        if getattr(config, name) != getattr(defaults, name):
+            logger.warning("model.%s has no effect on a vision tower given by import path", name)
 
 
 def _keep_weights(*modules: nn.Module) -> None:

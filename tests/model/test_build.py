@@ -277,6 +277,17 @@ def test_a_tower_by_import_path_is_built_saved_and_loaded(tmp_path):
     assert torch.equal(loss_of(model), loss_of(loaded))
 
 
+def test_an_option_without_effect_on_such_a_tower_is_a_warning(tmp_path, caplog):
+    config = ModelConfig(
+        language_model=save_decoder(tmp_path / "decoder"),
+        vision_tower=f"{__name__}:Blocks",
+        vision_feature_layer=-1,
+    )
+    build_model(config, chat_template="native", seed=0)
+    assert "model.vision_feature_layer has no effect" in caplog.text
+    assert "vision_feature_select" not in caplog.text
+
+
 @pytest.mark.parametrize("config", [GraniteConfig(**TEXT, logits_scaling=7.0), CohereConfig(**TEXT, logit_scale=0.3)])
 def test_factors_on_the_logits_are_honoured(tmp_path, config):
     from transformers import AutoModelForCausalLM
