@@ -151,8 +151,8 @@ class Cursor:
             return [Draw(self.source, *pair, 0, ()) for pair in zip(positions.tolist(), numbers.tolist(), strict=True)]
         media: list[tuple[MediaInfo, ...]] = [()] * len(numbers)
         for group in by_shard(self.dataset, numbers):
-            infos = self.dataset.index(group.shard).media_infos
-            for where, inside in zip(group.where.tolist(), group.inside.tolist(), strict=True):
-                media[where] = infos(inside)
+            infos = self.dataset.index(group.shard).media_infos_of(group.inside)
+            for where, of_sample in zip(group.where.tolist(), infos, strict=True):
+                media[where] = of_sample
         columns = (positions.tolist(), numbers.tolist(), self._lengths.of(numbers).tolist(), media)
         return [Draw(self.source, *row) for row in zip(*columns, strict=True)]

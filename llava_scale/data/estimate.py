@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,15 +14,16 @@ from llava_scale.data.lengths import UNREADABLE
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from llava_scale.data.cursor import Cursor, Draw
+    from llava_scale.data.cursor import Cursor
     from llava_scale.data.planner import PlanRules
+    from llava_scale.types import MediaInfo
 
 _COUNTED_SHARDS = 1_000
 _SAMPLED_SHARDS = 64
 _SPREAD_BLOCKS = 32
 _SPREAD_SAMPLES = 2_048
 _FILL = 0.995  # of a row, as measured on caption and instruction mixes
-_STEPS_LOOKED_AT = 8
+_STEPS_LOOKED_AT = 64
 
 
 def count_samples(cursor: Cursor) -> int:
@@ -48,7 +51,7 @@ def estimate_steps(
     Token counts may change with the step, so the mean is taken over steps of the epoch.
     """
     shares = weights or [float(len(cursor.dataset)) for cursor in cursors]
-    spreads = [_spread(cursor) for cursor in cursors]
+    spreads = [_spread(cursor, rules) for cursor in cursors]
     row_length = rules.row_length or 1
     steps = 1
     for _ in range(3):
@@ -59,26 +62,34 @@ def estimate_steps(
     return steps
 
 
-def _spread(cursor: Cursor) -> list[Draw]:
-    """Samples in blocks spread evenly over the data set."""
+@dataclass(frozen=True, slots=True)
+class _Spread:
+    """Usable samples spread over a data set."""
+
+    num_samples: int
+    text_tokens: int
+    media: Counter[MediaInfo]
+
+
+def _spread(cursor: Cursor, rules: PlanRules) -> _Spread:
+    """Look at samples in blocks spread evenly over the data set."""
     size = len(cursor.dataset)
     num_blocks = min(_SPREAD_BLOCKS, size)
     block = max(1, min(size, _SPREAD_SAMPLES) // num_blocks)
     starts = np.linspace(0, size - block, num_blocks).astype(np.int64)
     numbers = np.unique((starts[:, None] + np.arange(block)).reshape(-1))
-    return cursor.draws_of(numbers)
+    usable = [
+        draw
+        for draw in cursor.draws_of(numbers)
+        if draw.text_length != UNREADABLE and all(info.kind in rules.kinds for info in draw.media)
+    ]
+    media = Counter(info for draw in usable for info in draw.media)
+    return _Spread(len(usable), sum(draw.text_length for draw in usable), media)
 
 
-def _mean_length(
-    spreads: Sequence[Sequence[Draw]], shares: Sequence[float], rules: PlanRules, step: int | None
-) -> float:
+def _mean_length(spreads: Sequence[_Spread], shares: Sequence[float], rules: PlanRules, step: int | None) -> float:
     means = []
-    for draws in spreads:
-        lengths = [
-            draw.text_length + sum(rules.count(info, step) for info in draw.media)
-            for draw in draws
-            if draw.text_length != UNREADABLE and all(info.kind in rules.kinds for info in draw.media)
-        ]
-        fitting = [min(length, rules.row_length or length) for length in lengths]
-        means.append(sum(fitting) / max(1, len(fitting)))
+    for spread in spreads:
+        media_tokens = sum(count * rules.count(info, step) for info, count in spread.media.items())
+        means.append((spread.text_tokens + media_tokens) / max(1, spread.num_samples))
     return sum(mean * share for mean, share in zip(means, shares, strict=True)) / sum(shares)

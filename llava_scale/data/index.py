@@ -15,6 +15,7 @@ import json
 import struct
 import zlib
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,7 @@ _MEDIA_COLUMNS = {
 }
 _KEY_COLUMN = {"keys": "<u1"}
 _COLUMNS = {**_SAMPLE_COLUMNS, **_MEDIA_COLUMNS, **_KEY_COLUMN}
+_INFO_COLUMNS = ("kind", "width", "height", "num_frames", "duration_ms")
 _KINDS: dict[MediaKind, int] = {kind: number for number, kind in enumerate(MEDIA_KINDS)}
 
 
@@ -186,6 +188,23 @@ class ShardIndex:
         """Return what is known of the media of sample ``i``, by kind (image, video, audio), then number."""
         return tuple(media_info(entries) for entries in group_media(self._media(i)))
 
+    def media_infos_of(self, numbers: NDArray[np.int64]) -> list[tuple[MediaInfo, ...]]:
+        """Return ``media_infos`` of many samples at once; equal media share one object."""
+        columns = self._columns
+        ends = columns["media_end"].astype(np.int64)
+        stops = ends[numbers]
+        counts = stops - np.where(numbers > 0, ends[numbers - 1], 0)
+        rows = np.arange(int(counts.sum())) + np.repeat(stops - np.cumsum(counts), counts)
+        if (columns["frame"][rows] != NO_FRAME).any():
+            return [self.media_infos(number) for number in numbers.tolist()]
+        facts = zip(*(columns[name][rows].tolist() for name in _INFO_COLUMNS), strict=True)
+        infos = [_shared_info(*fact) for fact in facts]
+        starts = np.cumsum(counts) - counts
+        return [
+            _shared_tuple(infos[start]) if count == 1 else tuple(infos[start : start + count])
+            for start, count in zip(starts.tolist(), counts.tolist(), strict=True)
+        ]
+
     def media_counts(self) -> dict[MediaKind, NDArray[np.int64]]:
         """Return per kind how many media each sample has; the stored frames of a video count as one."""
         columns = self._columns
@@ -290,6 +309,18 @@ class IndexBuilder:
                 columns[column] = np.array([row[number] for row in table], dtype=dtype)
         data = b"".join(_pad(columns[column].tobytes()) for column in _COLUMNS)
         return ShardIndex.from_bytes(_assemble(header, data), name)
+
+
+@lru_cache(maxsize=4096)
+def _shared_info(kind: int, width: int, height: int, num_frames: int, duration_ms: int) -> MediaInfo:
+    return MediaInfo(
+        kind=MEDIA_KINDS[kind], width=width, height=height, num_frames=num_frames, duration_s=duration_ms / 1000.0
+    )
+
+
+@lru_cache(maxsize=4096)
+def _shared_tuple(info: MediaInfo) -> tuple[MediaInfo, ...]:
+    return (info,)
 
 
 def _assemble(header: dict[str, Any], data: bytes) -> bytes:

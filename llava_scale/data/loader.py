@@ -155,9 +155,7 @@ class StreamingLoader:
                 f"train.rows_per_step={rows_per_step} cannot be divided among {world_size} ranks; "
                 f"make it a multiple of {world_size}"
             )
-        for dataset in datasets:
-            if not len(dataset):
-                raise ConfigError(f"data set {dataset.name!r} ({dataset.path}) has no samples")
+        _check_names(datasets)
         self._datasets = list(datasets)
         self._config = config
         self._seed = seed if split == "train" else _EVAL_SEED
@@ -386,6 +384,16 @@ class StreamingLoader:
 
     def _count_tokens(self, info: MediaInfo, step: int | None) -> int:
         return self._counter.count(info, step=step).num_tokens
+
+
+def _check_names(datasets: Sequence[ShardedDataset]) -> None:
+    paths: dict[str, str] = {}
+    for number, dataset in enumerate(datasets):
+        other = paths.setdefault(dataset.name, dataset.path)
+        if number >= len(paths):
+            raise ConfigError(
+                f"two data sets are named {dataset.name!r} ({other} and {dataset.path}); set data.sources.{number}.name"
+            )
 
 
 def _rows_of_rank(

@@ -8,6 +8,7 @@ together) the waiting samples are laid out before the next is begun.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -160,7 +161,7 @@ class Planner:
         self._epoch = state.epoch
         self._step = state.step
         self._rejected: list[Draw] = []
-        self._remembered: dict[MediaInfo, int | None] = {}
+        self._remembered: dict[int, tuple[tuple[MediaInfo, ...], int | None]] = {}
         self._restore(state)
 
     def steps(self) -> Iterator[StepPlan]:
@@ -226,7 +227,10 @@ class Planner:
         """Whether the samples that wait are the last of their epoch."""
         if not self._endless:
             return all(cursor.exhausted for cursor in self._cursors)
-        return sum(cursor.position for cursor in self._cursors) // self._epoch_size > self._epoch
+        drawn = 0
+        for cursor in self._cursors:
+            drawn += cursor.position
+        return drawn >= self._epoch_size * (self._epoch + 1)
 
     def _next_source(self) -> int:
         if self._endless:
@@ -243,29 +247,34 @@ class Planner:
             return 1
         if draw.text_length == UNREADABLE:
             return None
-        media_tokens = 0
-        for info in draw.media:
-            count = self._count(info) if info.kind in self._rules.kinds else None
-            if count is None:
-                return None
-            media_tokens += count
+        media_tokens = self._media_tokens(draw.media)
+        if media_tokens is None:
+            return None
         length = media_tokens + draw.text_length
         if length <= limit:
             return length
         return limit if self._rules.truncate and media_tokens < limit else None
 
-    def _count(self, info: MediaInfo) -> int | None:
-        """Tokens of a medium at the step that is planned, None if the model cannot take it."""
-        if info in self._remembered:
-            return self._remembered[info]
+    def _media_tokens(self, media: tuple[MediaInfo, ...]) -> int | None:
+        """Tokens of a sample's media at the step that is planned, None if the model cannot take them.
+
+        Remembered by the identity of ``media``, which many samples share; hashing its content would cost more than
+        counting.
+        """
+        if not media:
+            return 0
+        known = self._remembered.get(id(media))
+        if known is not None:
+            return known[1]
         if len(self._remembered) >= _MAX_REMEMBERED:
             self._remembered.clear()
-        try:
-            count = self._rules.count(info, self._step if self._endless else None)
-        except SampleError:
-            count = None
-        self._remembered[info] = count
-        return count
+        step = self._step if self._endless else None
+        tokens: int | None = None
+        if all(info.kind in self._rules.kinds for info in media):
+            with suppress(SampleError):
+                tokens = sum(self._rules.count(info, step) for info in media)
+        self._remembered[id(media)] = (media, tokens)  # holding it keeps its identity its own
+        return tokens
 
 
 def _planned(draw: Draw) -> PlannedSample:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
+import pickle
 import threading
 import traceback
 import weakref
@@ -10,7 +12,8 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, Literal, Protocol, TypeVar
+from multiprocessing.connection import wait
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -21,6 +24,7 @@ from llava_scale.errors import LlavaScaleError
 
 T = TypeVar("T")
 
+_DEATH_SEEN_S = 2.0  # the pipes of a killed process may break before the process is known to be gone
 _MAX_NAMED = 8  # samples named in the message of a crash
 
 
@@ -108,7 +112,7 @@ class ProcessWorkers:
 
     def __init__(self, builder: RowBuilder, num_workers: int, prefetch_rows: int, *, pin_memory: bool = False) -> None:
         self._plans = _PlanFeed()
-        self._num_ahead = num_workers * prefetch_rows
+        self._num_workers = num_workers
         self._loader: DataLoader[BuiltRow | Failure] = DataLoader(
             _Rows(builder),
             batch_size=None,
@@ -118,13 +122,13 @@ class ProcessWorkers:
             collate_fn=_unchanged,
             pin_memory=pin_memory,
             persistent_workers=True,
-            multiprocessing_context=_safe_context(),
+            multiprocessing_context=_safe_context(builder),
             worker_init_fn=_start_process,
         )
 
     def run(self, plans: Iterator[RowPlan]) -> Generator[BuiltRow, None, None]:
         """Yield the row of each plan, in order."""
-        ahead = Ahead(plans, self._num_ahead)
+        ahead = Ahead(plans, self._num_workers)
         self._plans.source = ahead
         in_flight = self._plans.in_flight
         in_flight.clear()
@@ -135,8 +139,8 @@ class ProcessWorkers:
                     result = next(results)
                 except StopIteration:
                     return
-                except RuntimeError as error:
-                    if "DataLoader worker" in str(error):
+                except (RuntimeError, OSError, EOFError) as error:
+                    if self._lost_a_worker():
                         raise _died(error, in_flight) from error
                     raise
                 in_flight.popleft()
@@ -150,6 +154,11 @@ class ProcessWorkers:
         if iterator is not None:
             iterator._shutdown_workers()
             self._loader._iterator = None
+
+    def _lost_a_worker(self) -> bool:
+        """Whether a process is gone; what its death raises here depends on what it was handing over."""
+        processes = getattr(getattr(self._loader, "_iterator", None), "_workers", ())
+        return bool(wait([process.sentinel for process in processes], timeout=_DEATH_SEEN_S))
 
 
 class Ahead(Generic[T]):
@@ -308,7 +317,7 @@ def _describe(builder: RowBuilder, plan: RowPlan) -> str:
     return f"row {plan.row} (samples {', '.join(names)}{f' and {more} more' if more > 0 else ''})"
 
 
-def _died(error: RuntimeError, in_flight: deque[RowPlan]) -> RuntimeError:
+def _died(error: Exception, in_flight: deque[RowPlan]) -> RuntimeError:
     rows = ", ".join(str(plan.row) for plan in list(in_flight)[:_MAX_NAMED])
     return RuntimeError(
         f"{error}\na loader worker process died while rows {rows} were being built; if it was killed for memory, lower "
@@ -316,13 +325,30 @@ def _died(error: RuntimeError, in_flight: deque[RowPlan]) -> RuntimeError:
     )
 
 
-def _safe_context() -> multiprocessing.context.BaseContext:
-    """A way to start processes that never copies a process with threads."""
+def _safe_context(builder: RowBuilder) -> multiprocessing.context.BaseContext:
+    """A way to start processes that never copies a process with threads.
+
+    The server imports what the builder needs before it forks, so workers start at once and share those pages.
+    """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # torch is imported once and its pages are shared
+    finder = _ModuleFinder(io.BytesIO())
+    finder.dump(builder)
+    context.set_forkserver_preload([__name__, *sorted(finder.modules - {"__main__"})])
     return context
+
+
+class _ModuleFinder(pickle.Pickler):
+    """Collects the modules that unpickling an object will import."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.modules: set[str] = set()
+
+    def reducer_override(self, obj: object) -> Any:
+        self.modules.add(getattr(obj if isinstance(obj, type) else type(obj), "__module__", __name__))
+        return NotImplemented
 
 
 def _start_process(worker: int) -> None:
@@ -332,7 +358,7 @@ def _start_process(worker: int) -> None:
 def _use_one_core_each(pool: ThreadPoolExecutor, num_workers: int) -> None:
     """Let each thread of the pool compute on its own core only, and leave the calling thread as it was.
 
-    ``torch.set_num_threads`` acts on its thread and on threads that have not computed yet.
+    ``torch.set_num_threads`` acts on its thread and on threads whose number is not settled yet.
     """
     num_threads = torch.get_num_threads()
     together = threading.Barrier(num_workers)
@@ -340,7 +366,7 @@ def _use_one_core_each(pool: ThreadPoolExecutor, num_workers: int) -> None:
     def limit() -> None:
         together.wait()
         torch.set_num_threads(1)
-        torch.zeros(1).add_(1)
+        torch.get_num_threads()  # the first call of a thread settles its number
 
     started: list[Future[None]] = [pool.submit(limit) for _ in range(num_workers)]
     for future in started:
