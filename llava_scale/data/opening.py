@@ -26,6 +26,12 @@ def index_name(shard: str) -> str:
     return shard.removesuffix(".tar") + INDEX_SUFFIX
 
 
+def load_index(shard: Path) -> ShardIndex:
+    """Return the index that lies beside a local shard."""
+    path = shard.with_name(index_name(shard.name))
+    return ShardIndex.from_bytes(path.read_bytes(), str(path))
+
+
 def load_info(store: Store, *, only: str = "", cache_dir: str = "") -> DatasetInfo:
     """Return what the folder holds (or its one shard ``only``).
 

@@ -93,7 +93,10 @@ def is_transient(error: BaseException) -> bool:
 def _masked(error: BaseException) -> bool:
     """Return whether a "not found" stands for another failure (fsspec's size request over HTTP does that)."""
     cause = error.__cause__
-    return cause is not None and getattr(cause, "status", None) != 404 and is_transient(cause)
+    if cause is None or getattr(cause, "status", None) == 404:
+        return False
+    from_web = type(cause).__module__.partition(".")[0] == "aiohttp" or isinstance(cause, asyncio.TimeoutError)
+    return from_web and is_transient(cause)
 
 
 def _reason(error: BaseException) -> str:

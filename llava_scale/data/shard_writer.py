@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, BinaryIO
 
 from llava_scale.data.files import publish, sync, temporary_name
-from llava_scale.data.index import IndexBuilder, MediaEntry, SampleEntry, ShardIndex, media_order
-from llava_scale.data.indexing import count_media, describe
+from llava_scale.data.index import IndexBuilder, MediaEntry, SampleEntry, ShardIndex, group_media, media_order
+from llava_scale.data.indexing import describe
 from llava_scale.data.names import RECORD_SUFFIX, escape_key, media_suffix
 from llava_scale.data.opening import index_name
 from llava_scale.data.tarwalk import BLOCK
+from llava_scale.errors import ShardError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,6 +49,7 @@ class ShardWriter:
         self._temporary = temporary_name(path)
         self._digest = hashlib.sha256()
         self._builder = IndexBuilder()
+        self._keys: set[str] = set()
         self._position = 0
         self._file: BinaryIO | None = None
 
@@ -72,14 +75,30 @@ class ShardWriter:
         return self._position
 
     def add(self, key: str, record: bytes, media: Sequence[NewMedia]) -> None:
-        """Append a sample: its media in order, then its record; ``key`` is the id, unescaped."""
+        """Append a sample: its media by kind, number and frame, numbered anew without gaps, then its record.
+
+        ``key`` is the id, unescaped.
+
+        Raises:
+            ShardError: if the shard has that key already.
+        """
+        if key in self._keys:
+            raise ShardError(f"{self._path.name}: key {key!r} would be in it twice; give one of the samples another id")
+        self._keys.add(key)
         stored = escape_key(key)
+        ordered = sorted(media, key=lambda item: media_order(_entry(item)))
+        groups = group_media([_entry(item) for item in ordered])
+        contents = iter(ordered)
+        seen: Counter[MediaKind] = Counter()
+        counts = Counter(group[0].kind for group in groups)
         entries = []
-        ordered = sorted(media, key=lambda item: media_order(self._entry(item, 0)))
-        counts = count_media([self._entry(item, 0) for item in ordered])
-        for item in ordered:
-            suffix = media_suffix(item.kind, item.ext, item.number, item.frame, count=counts[item.kind])
-            entries.append(self._entry(item, self._append(f"{stored}.{suffix}", item.data)))
+        for group in groups:
+            kind = group[0].kind
+            for entry in group:
+                suffix = media_suffix(kind, entry.ext, seen[kind], entry.frame, count=counts[kind])
+                offset = self._append(f"{stored}.{suffix}", next(contents).data)
+                entries.append(replace(entry, number=seen[kind], offset=offset))
+            seen[kind] += 1
         offset = self._append(f"{stored}.{RECORD_SUFFIX}", record)
         described, text_chars = describe(record, entries)
         self._builder.add(SampleEntry(key, offset, len(record), tuple(described)), text_chars=text_chars)
@@ -117,6 +136,6 @@ class ShardWriter:
         self._digest.update(data)
         self._position += len(data)
 
-    @staticmethod
-    def _entry(item: NewMedia, offset: int) -> MediaEntry:
-        return MediaEntry(item.kind, item.ext, item.number, item.frame, offset, len(item.data), item.info)
+
+def _entry(item: NewMedia) -> MediaEntry:
+    return MediaEntry(item.kind, item.ext, item.number, item.frame, 0, len(item.data), item.info)

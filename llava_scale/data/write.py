@@ -18,7 +18,7 @@ from llava_scale.data.engines import run_tasks
 from llava_scale.data.files import remove_leftovers, try_locked, write_atomic
 from llava_scale.data.index import ShardIndex
 from llava_scale.data.manifest import MANIFEST, DatasetInfo
-from llava_scale.data.opening import index_name
+from llava_scale.data.opening import load_index
 from llava_scale.data.pack_plan import BadRecord, Plan, make_plan
 from llava_scale.data.pack_shard import MediaOptions, ShardTask, pack_shard, read_bad
 from llava_scale.errors import ConfigError, ShardError
@@ -171,8 +171,7 @@ def _sort_out(tasks: list[ShardTask]) -> tuple[list[ShardTask], list[ShardTask]]
 
 def _whole_index(path: Path) -> ShardIndex | None:
     try:
-        index_path = path.with_name(index_name(path.name))
-        index = ShardIndex.from_bytes(index_path.read_bytes(), str(index_path))
+        index = load_index(path)
         return index if path.stat().st_size == index.tar_bytes else None
     except (OSError, ShardError):
         return None

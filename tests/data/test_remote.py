@@ -212,7 +212,6 @@ def test_injected_faults_change_nothing(folder, tmp_path, cache_gb):
             assert data.store.num_retries > 20
 
 
-@pytest.mark.slow
 def test_a_thousand_faults_change_nothing(folder):
     expected = everything(open_dataset(str(folder)))
     with serving(folder) as server:
