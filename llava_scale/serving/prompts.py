@@ -1,0 +1,126 @@
+"""What is asked of the model, and its way to token ids and pixels: the same as in training."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageOps
+
+from llava_scale.data.media import probe
+from llava_scale.data.records import parse_record
+from llava_scale.errors import SampleError
+from llava_scale.types import MEDIA_KINDS, MediaInfo, MediaKind, Turn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llava_scale.model import LlavaScaleProcessor
+
+Medium = bytes | str | Path | Image.Image
+"""An encoded file, its local path, or a Pillow image."""
+
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """A conversation that waits for an answer.
+
+    Attributes:
+        turns: Messages; the last one is the user's. Media of a kind that the text never mentions go before the first
+            message of the user.
+        media: Per kind the media, in the order of their placeholders.
+    """
+
+    turns: tuple[Turn, ...]
+    media: Mapping[MediaKind, Sequence[Medium]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A request as token ids, with its pictures still encoded.
+
+    Attributes:
+        input_ids: Token ids; each medium's placeholder repeated to its number of tokens.
+        pictures: Encoded pictures in order of appearance.
+    """
+
+    input_ids: list[int]
+    pictures: tuple[bytes, ...]
+
+
+def make_prompt(request: GenerationRequest, processor: LlavaScaleProcessor) -> Prompt:
+    """Tokenise a request as training did; pictures are probed, not decoded.
+
+    Raises:
+        SampleError: turns out of order, placeholders and media that differ in number, a medium that cannot be read or
+            that the model does not take.
+    """
+    media = {kind: [_encoded(medium) for medium in request.media.get(kind, ())] for kind in MEDIA_KINDS}
+    turns = place_media(request.turns, {kind: len(items) for kind, items in media.items()})
+    waiting = {kind: iter(items) for kind, items in media.items()}
+    encoder, counter = processor.chat_encoder, processor.token_counter
+    kind_of = {token_id: kind for kind, token_id in encoder.placeholder_ids.items()}
+    input_ids: list[int] = []
+    for token_id in encoder.encode_prompt(turns):
+        kind = kind_of.get(token_id)
+        if kind is None:
+            input_ids.append(token_id)
+            continue
+        info = _info(kind, next(waiting[kind]))
+        input_ids += [token_id] * counter.count(info, step=None).num_tokens
+    return Prompt(input_ids=input_ids, pictures=tuple(media["image"]))
+
+
+def place_media(turns: Sequence[Turn], counts: Mapping[MediaKind, int]) -> tuple[Turn, ...]:
+    """Give media without a placeholder their place, by the rules for samples in a data set.
+
+    Raises:
+        SampleError: the conversation does not end with the user, or breaks a rule of ``data.records.parse_record``.
+    """
+    if not turns or turns[-1].role != "user":
+        raise SampleError("the conversation must end with a message of the user, which is answered")
+    messages = [{"from": turn.role, "value": turn.text} for turn in turns]
+    # the rules are for whole conversations: lend them the answer that is still to come
+    messages.append({"from": "assistant", "value": "?"})
+    return parse_record({"conversations": messages}, counts)[:-1]
+
+
+def decode_pictures(prompt: Prompt, processor: LlavaScaleProcessor) -> list[Tensor]:
+    """Pictures of a prompt as training sees them, each uint8 ``(3, H, W)``.
+
+    Raises:
+        SampleError: one cannot be decoded.
+    """
+    transform = processor.image_transform
+    return [transform(data) for data in prompt.pictures]
+
+
+def _info(kind: MediaKind, data: bytes) -> MediaInfo:
+    return probe("png", data) if kind == "image" else MediaInfo(kind=kind)
+
+
+def _encoded(medium: Medium) -> bytes:
+    """Bytes of a medium's file."""
+    if isinstance(medium, bytes):
+        return medium
+    if isinstance(medium, Image.Image):
+        return _png(medium)
+    try:
+        return Path(medium).read_bytes()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise SampleError(f"cannot read {medium}: {reason}") from None
+
+
+def _png(picture: Image.Image) -> bytes:
+    upright = ImageOps.exif_transpose(picture)
+    if upright.mode not in _PNG_MODES:
+        upright = upright.convert("RGB")
+    buffer = io.BytesIO()
+    upright.save(buffer, format="PNG", compress_level=0)
+    return buffer.getvalue()
