@@ -62,8 +62,8 @@ def test_the_prompt_is_what_training_saw(engine, png):
     turns = (Turn("user", "<image>\nwhat color?"), Turn("assistant", "red"))
     trained = encoder.encode(turns)
     prompt = [i for i, supervised in zip(trained.input_ids, trained.supervised, strict=True) if not supervised]
-    image_id = encoder.placeholder_ids["image"]
-    expected = [j for i in prompt for j in [i] * (64 if i == image_id else 1)]
+    image_id, per_picture = encoder.placeholder_ids["image"], engine.processor.image_num_tokens
+    expected = [j for i in prompt for j in [i] * (per_picture if i == image_id else 1)]
     assert seen["first"]["input_ids"].tolist() == [expected]
     assert torch.equal(seen["first"]["pixel_values"][0], engine.processor.image_transform(png("red")))
 
