@@ -1,12 +1,31 @@
-"""Commands: data_toy."""
+"""``llava-scale data toy``."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Annotated
 
-if TYPE_CHECKING:
-    import typer
+import typer
 
 
 def register(app: typer.Typer) -> None:
-    """Add this module's commands to ``app``."""
+    """Add ``toy`` to the ``data`` commands."""
+    app.command()(toy)
+
+
+def toy(
+    out: Annotated[Path, typer.Argument(help="Folder for train.json, test.json and media/.")],
+    num_samples: Annotated[int, typer.Option(help="Training samples.")] = 3000,
+    num_test: Annotated[int, typer.Option(help="Test samples; a tenth of the training samples if 0.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+) -> None:
+    """Make a synthetic data set in LLaVA's format: coloured shapes and questions that need the picture."""
+    from rich.console import Console
+
+    from llava_scale.data.toy import write_toy
+
+    result = write_toy(out, num_samples=num_samples, num_test=num_test, seed=seed)
+    Console().print(
+        f"{result.num_train} training samples in {result.train_json}\n{result.num_test} test samples in "
+        f"{result.test_json}\nnext: llava-scale data pack {result.train_json} {out}/train --media-root {out}"
+    )

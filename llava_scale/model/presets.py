@@ -51,8 +51,8 @@ class TinySizes:
         max_positions: Longest text in tokens.
     """
 
-    image_size: int = 64
-    patch_size: int = 8
+    image_size: int = 72
+    patch_size: int = 12
     vision_width: int = 128
     vision_layers: int = 4
     vision_heads: int = 4

@@ -1,0 +1,182 @@
+"""Questions about synthetic scenes that need the picture, each with its one right answer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llava_scale.data.toy_scenes import CELLS, COLORS, MAX_THINGS, SHAPES, SIZES, Scene, Thing
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Callable, Iterable
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five")
+ORDINALS = ("first", "second", "third")
+
+_NEIGHBOURS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
+_TRIES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question, its answer, and the skill that it tests."""
+
+    task: str
+    text: str
+    answer: str
+
+
+def ask_color(rng: random.Random, scene: Scene) -> Question | None:
+    """Colour of the only thing of its shape."""
+    thing = _only_one(rng, scene, lambda thing: thing.shape)
+    return None if thing is None else Question("color", f"What color is the {thing.shape}?", thing.color)
+
+
+def ask_shape(rng: random.Random, scene: Scene) -> Question | None:
+    """Shape of the only thing of its colour."""
+    thing = _only_one(rng, scene, lambda thing: thing.color)
+    return None if thing is None else Question("shape", f"What shape is the {thing.color} object?", thing.shape)
+
+
+def ask_size(rng: random.Random, scene: Scene) -> Question | None:
+    """Size of a thing named by colour and shape."""
+    thing = _only_one(rng, scene, lambda thing: thing.name)
+    return None if thing is None else Question("size", f"Is the {thing.name} small or large?", thing.size)
+
+
+def ask_position(rng: random.Random, scene: Scene) -> Question | None:
+    """Cell of a thing named by colour and shape."""
+    thing = _only_one(rng, scene, lambda thing: thing.name)
+    return None if thing is None else Question("position", f"Where is the {thing.name}?", CELLS[thing.cell])
+
+
+def ask_content(rng: random.Random, scene: Scene) -> Question | None:
+    """What stands in a cell."""
+    thing = rng.choice(scene)
+    return Question("content", f"What is at the {CELLS[thing.cell]}?", thing.name)
+
+
+def ask_relation(rng: random.Random, scene: Scene) -> Question | None:
+    """The neighbour of a named thing in one direction."""
+    by_cell = {(thing.row, thing.column): thing for thing in scene}
+    names = Counter(thing.name for thing in scene)
+    pairs = [
+        (word, thing, by_cell[thing.row + rows, thing.column + columns])
+        for thing in scene
+        if names[thing.name] == 1
+        for word, (rows, columns) in _NEIGHBOURS.items()
+        if (thing.row + rows, thing.column + columns) in by_cell
+    ]
+    if not pairs:
+        return None
+    word, thing, neighbour = rng.choice(pairs)
+    return Question("relation", f"What is {word} the {thing.name}?", neighbour.name)
+
+
+def ask_count(rng: random.Random, scene: Scene) -> Question | None:
+    """Number of all things, or of those of one colour, shape or size."""
+    what = rng.choice(("all", "all", "color", "shape", "size"))
+    if what == "all":
+        return Question("count", "How many objects are there?", NUMBERS[len(scene)])
+    if what == "size":
+        size = rng.choice(tuple(SIZES))
+        return Question("count", f"How many {size} objects are there?", _number(thing.size == size for thing in scene))
+    # a look that is there twice or more is asked for first, so that "one" is not nearly always right
+    looks = Counter(thing.color if what == "color" else thing.shape for thing in scene)
+    look = rng.choice([name for name, times in looks.items() if times == max(looks.values())])
+    noun = f"{look} objects" if what == "color" else "crosses" if look == "cross" else f"{look}s"
+    return Question("count", f"How many {noun} are there?", NUMBERS[looks[look]])
+
+
+def ask_existence(rng: random.Random, scene: Scene) -> Question | None:
+    """Whether a thing is there: yes and no equally often; a wrong one shares colour or shape with a thing there."""
+    thing = rng.choice(scene)
+    if rng.random() < 0.5:
+        return Question("existence", f"Is there a {thing.name}?", "yes")
+    there = {other.name for other in scene}
+    alike = [f"{thing.color} {shape}" for shape in SHAPES] + [f"{color} {thing.shape}" for color in COLORS]
+    return Question("existence", f"Is there a {rng.choice([name for name in alike if name not in there])}?", "no")
+
+
+def ask_caption(rng: random.Random, scene: Scene) -> Question | None:
+    """Everything there, in raster order; scenes of one or two things only, so that captions stay short."""
+    del rng
+    if len(scene) > 2:
+        return None
+    parts = [f"a {thing.size} {thing.name} at the {CELLS[thing.cell]}" for thing in scene]
+    return Question("caption", "Describe the picture.", " and ".join(parts))
+
+
+_ABOUT_ONE: dict[Callable[[random.Random, Scene], Question | None], float] = {
+    ask_color: 3,
+    ask_shape: 3,
+    ask_position: 3,
+    ask_content: 3,
+    ask_relation: 3,
+    ask_count: 3,
+    ask_size: 1,
+    ask_existence: 1,
+    ask_caption: 2,
+}
+"""Questions about one picture with their shares; those with two possible answers are few."""
+
+
+def ask_about_one(rng: random.Random, scene: Scene) -> Question | None:
+    """A question about one picture; None where the kind drawn does not fit the scene."""
+    (maker,) = rng.choices(tuple(_ABOUT_ONE), tuple(_ABOUT_ONE.values()))
+    return maker(rng, scene)
+
+
+def ask_about_two(rng: random.Random, first: Scene, second: Scene) -> Question | None:
+    """A question that needs both pictures, or the right one of the two."""
+    if rng.random() < 0.2:
+        if len(first) == len(second):
+            return None
+        word, more = rng.choice((("more", True), ("fewer", False)))
+        winner = ORDINALS[0] if (len(first) > len(second)) == more else ORDINALS[1]
+        return Question("compare", f"Which picture has {word} objects?", f"the {winner}")
+    place = rng.randrange(2)
+    maker = rng.choice((ask_color, ask_shape, ask_position, ask_count))
+    question = maker(rng, (first, second)[place])
+    if question is None:
+        return None
+    return Question("pick", f"In the {ORDINALS[place]} picture: {question.text}", question.answer)
+
+
+def ask_without_picture(rng: random.Random) -> Question:
+    """A question that the text alone answers."""
+    kind = rng.choice(("repeat", "word", "sum"))
+    words = rng.sample((*COLORS, *SHAPES), 3)
+    if kind == "repeat":
+        return Question("repeat", f"Say {' '.join(words)}.", " ".join(words))
+    if kind == "word":
+        place = rng.randrange(3)
+        return Question("word", f"What is the {ORDINALS[place]} word of {' '.join(words)}?", words[place])
+    left = rng.randint(0, MAX_THINGS)
+    right = rng.randint(0, MAX_THINGS - left)
+    return Question("sum", f"How many are {NUMBERS[left]} and {NUMBERS[right]}?", NUMBERS[left + right])
+
+
+def different_questions(draw: Callable[[], Question | None], number: int) -> tuple[Question, ...]:
+    """Up to ``number`` questions with different texts, drawn until there are enough or too few new ones come."""
+    found: dict[str, Question] = {}
+    for _ in range(number * _TRIES):
+        question = draw()
+        if question is not None:
+            found.setdefault(question.text, question)
+        if len(found) == number:
+            break
+    return tuple(found.values())
+
+
+def _only_one(rng: random.Random, scene: Scene, look: Callable[[Thing], str]) -> Thing | None:
+    """A thing whose look no other thing shares."""
+    times = Counter(map(look, scene))
+    choices = [thing for thing in scene if times[look(thing)] == 1]
+    return rng.choice(choices) if choices else None
+
+
+def _number(outcomes: Iterable[bool]) -> str:
+    return NUMBERS[sum(outcomes)]

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from llava_scale.data.media import decode_image
+from llava_scale.data.toy import make_sample, write_toy
+from llava_scale.data.toy_questions import NUMBERS
+from llava_scale.data.toy_scenes import CELLS, COLORS, SHAPES, Thing, combinations_of, draw_scene, is_held_out, render
+from llava_scale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+import random
+
+
+def test_training_and_test_combinations_are_disjoint_and_cover_every_look():
+    train, test = set(combinations_of("train")), set(combinations_of("test"))
+    assert not train & test
+    assert len(train | test) == len(COLORS) * len(SHAPES) * len(CELLS)
+    for part in (train, test):
+        assert {(color, shape) for color, shape, _ in part} == {(c, s) for c in COLORS for s in SHAPES}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_picture_holds_only_combinations_of_its_split(split):
+    rng = random.Random(0)
+    things = [thing for _ in range(300) for thing in draw_scene(rng, split)]
+    assert {is_held_out(*thing.combination) for thing in things} == {split == "test"}
+
+
+def test_the_same_seed_gives_the_same_files_and_a_larger_set_begins_with_the_smaller(tmp_path: Path):
+    for name, number in (("a", 6), ("b", 6), ("c", 9)):
+        write_toy(tmp_path / name, num_samples=number, num_test=3, seed=7)
+    records = [json.loads((tmp_path / name / "train.json").read_text()) for name in "abc"]
+    assert records[0] == records[1] == records[2][:6]
+    for path in (tmp_path / "a" / "media").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / "media" / path.name).read_bytes()
+    write_toy(tmp_path / "d", num_samples=6, num_test=3, seed=8)
+    assert json.loads((tmp_path / "d" / "train.json").read_text()) != records[0]
+
+
+def test_every_kind_of_sample_is_made_with_its_media(tmp_path: Path):
+    result = write_toy(tmp_path, num_samples=120, seed=1)
+    records = json.loads(result.train_json.read_text())
+    seen = Counter(len(record.get("image", [])) for record in records)
+    assert set(seen) == {0, 1, 2}
+    assert {len(record["conversations"]) > 2 for record in records} == {True, False}
+    for record in records:
+        text = "".join(turn["value"] for turn in record["conversations"])
+        assert text.count("<image>") == len(record.get("image", []))
+        for name in record.get("image", []):
+            pixels = decode_image((tmp_path / name).read_bytes(), max_pixels=10_000)
+            assert pixels.shape == (3, 72, 72)
+    assert len({record["task"] for record in records}) > 8
+
+
+def test_answers_are_true_of_the_scene():
+    scene = (Thing("red", "circle", "small", 0), Thing("blue", "star", "large", 1), Thing("red", "cross", "large", 8))
+    from llava_scale.data import toy_questions as ask
+
+    rng = random.Random(0)
+    answers = {q.text: q.answer for q in (ask.ask_about_one(rng, scene) for _ in range(6000)) if q is not None}
+    assert answers["What color is the star?"] == "blue"
+    assert answers["What shape is the blue object?"] == "star"
+    assert answers["Where is the red cross?"] == "bottom right"
+    assert answers["What is at the top left?"] == "red circle"
+    assert answers["What is right of the red circle?"] == "blue star"
+    assert answers["What is left of the blue star?"] == "red circle"
+    assert answers["How many red objects are there?"] == "two"
+    assert answers["How many objects are there?"] == NUMBERS[3]
+    assert answers["Is the blue star small or large?"] == "large"
+    assert answers["Is there a red circle?"] == "yes"
+    assert answers["Is there a red star?"] == "no"
+    assert "What shape is the red object?" not in answers
+    assert "Describe the picture." not in answers
+
+
+def test_the_picture_shows_the_scene():
+    pixels = render((Thing("red", "square", "large", 8),), random.Random(0)).astype(int)
+    reddish = (pixels[..., 0] - pixels[..., 1] > 80).nonzero()
+    assert np.min(reddish) >= 48
+    assert len(reddish[0]) > 100
+
+
+def test_the_most_frequent_answers_of_training_score_low_on_test_pictures():
+    seen: dict[str, Counter[str]] = defaultdict(Counter)
+    for number in range(1200):
+        sample = make_sample("train", 0, number)
+        for question in sample.questions if sample.media else ():
+            seen[question.text][question.answer] += 1
+    asked = [
+        question
+        for number in range(800)
+        for sample in [make_sample("test", 0, number)]
+        if sample.media
+        for question in sample.questions
+    ]
+    right = sum(
+        question.text in seen and seen[question.text].most_common(1)[0][0] == question.answer for question in asked
+    )
+    assert right / len(asked) < 0.3
+
+
+def test_a_count_below_one_and_an_unwritable_folder_are_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="at least 1"):
+        write_toy(tmp_path, num_samples=0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write the synthetic data"):
+        write_toy(tmp_path / "file", num_samples=1)
