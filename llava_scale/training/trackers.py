@@ -198,7 +198,7 @@ def print_summary(console: Console, summary: RunSummary) -> None:
         table.add_row(module.name, f"{module.num_parameters:,}", f"{module.num_trainable:,}", rates)
     console.print(table)
     memory = summary.memory
-    activations = f" + about {memory.activations:.2f} for a row" if memory.activations else " + the rows"
+    activations = f" + up to about {memory.activations:.2f} for a row" if memory.activations else " + the rows"
     lines = {
         "data": f"{summary.num_samples:,} samples",
         "step": summary.step_size,

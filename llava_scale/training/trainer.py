@@ -7,6 +7,7 @@ changes it.
 
 from __future__ import annotations
 
+import logging
 import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -29,12 +30,14 @@ from llava_scale.training.summary import RunSummary, TrainResult
 from llava_scale.training.trackers import CallbackTracker, JsonlTracker, Tracker, Trackers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
     from llava_scale.config import Config
     from llava_scale.types import PackedRow, StepBatch
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -118,14 +121,27 @@ class Trainer:
         self.meter.start_clock()
         batches = iter(self.run.parts.stream)
         while self.step < self.run.total_steps and not self.ranks.any(bool(self.stop)):
-            started = time.perf_counter()
-            batch = next(batches)
-            self.meter.add_wait(time.perf_counter() - started)
+            batch = self._next_batch(batches)
+            if batch is None:
+                break
             self._train_step(batch)
             self._after_step()
         self._save()
         done = self.step == self.run.total_steps
         return self._result(final=done and self.stop.signal is None)
+
+    def _next_batch(self, batches: Iterator[StepBatch]) -> StepBatch | None:
+        """Wait for the next batch; None if a request to stop took the loader's worker processes along."""
+        started = time.perf_counter()
+        try:
+            batch = next(batches)
+        except RuntimeError as error:
+            if not self.stop:
+                raise
+            logger.warning("no further batch after the request to stop: %s", error)
+            return None
+        self.meter.add_wait(time.perf_counter() - started)
+        return batch
 
     def _train_step(self, batch: StepBatch) -> None:
         """Forward and backward over every row, then one update."""

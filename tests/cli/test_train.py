@@ -92,16 +92,18 @@ def test_an_error_is_one_line_and_exit_code_2(recipe, capsys, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_command_saves_and_says_how_to_continue(recipe, tmp_path, number, code):
+@pytest.mark.parametrize("workers", [["data.num_workers=0"], ["data.num_workers=1", "data.worker_type=process"]])
+def test_an_interrupted_command_saves_and_says_how_to_continue(recipe, tmp_path, number, code, workers):
     program = "from llava_scale.cli import main; main()"
-    command = [sys.executable, "-c", program, "train", str(recipe), "train.steps=100000"]
+    command = [sys.executable, "-c", program, "train", str(recipe), "train.steps=100000", *workers]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 60
     while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # a terminal's Ctrl-C reaches the loader's workers too
     shown, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
     assert f"stopped by {number.name}; everything is saved" in shown

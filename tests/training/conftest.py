@@ -79,7 +79,7 @@ def make_config(shards: Path, tmp_path: Path) -> Callable[..., Config]:
             "model": {"preset": "tiny", **(model or {})},
             "data": {
                 "sources": [{"path": str(data_path)}],
-                "packing": {"row_length": 256},
+                "packing": {"row_length": 128},
                 "num_workers": 1,
                 "cache_dir": str(tmp_path / "cache"),
                 **(data or {}),

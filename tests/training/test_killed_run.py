@@ -57,7 +57,8 @@ def read(path: Path) -> list[dict]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(make_config, tmp_path, precision):
-    settings = {"steps": 0, "epochs": 3, "save_every": 3, "precision": precision, "rows_per_step": 1}
+    settings: dict[str, object] = {"steps": 0, "epochs": 3, "save_every": 3, "precision": precision, "rows_per_step": 1}
+    settings["data"] = {"packing": {"row_length": 256}}
     whole = make_config(output_dir=str(tmp_path / "whole"), **settings)
     wait_for_end(whole, tmp_path / "a")
     config, place, draw = make_config(**settings), tmp_path / "b", random.Random(precision)

@@ -290,7 +290,7 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(make_config, mo
 
 def test_unusable_samples_are_counted_and_listed_once_also_after_a_resume(make_config, make_shards, tmp_path):
     path = make_shards(num_samples=40, broken=(0, 1, 11, 20, 31))
-    limits = {"max_bad_fraction": 0.5}
+    limits = {"max_bad_fraction": 0.5, "packing": {"row_length": 256}}
     whole = make_config(data_path=path, data=limits, output_dir=str(tmp_path / "whole"), steps=0, epochs=1)
     expected = train(whole)
     assert expected.skipped >= 4
@@ -373,7 +373,7 @@ def test_a_dry_run_builds_the_first_batch_and_writes_nothing(make_config):
 
 
 def test_epochs_become_steps_that_use_every_sample(make_config):
-    config = make_config(steps=0, epochs=1, log_every=100, save_every=0)
+    config = make_config(steps=0, epochs=1, log_every=100, save_every=0, data={"packing": {"row_length": 256}})
     result = train(config)
     assert result.samples >= 48
     assert result.total_steps == result.steps > 1
