@@ -47,6 +47,7 @@ class ShardedDataset:
         self._cache_dir = cache_dir
         self._starts = np.zeros(len(info.names) + 1, np.int64)
         np.cumsum(info.num_samples, out=self._starts[1:])
+        self._total = int(self._starts[-1])
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._lock = threading.Lock()
         store.expect(info.names, info.num_bytes, info.sha256)
@@ -59,7 +60,7 @@ class ShardedDataset:
         self.__init__(**state)  # type: ignore[misc]
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._total
 
     @property
     def num_shards(self) -> int:
@@ -80,10 +81,10 @@ class ShardedDataset:
         Raises:
             IndexError: if there is no such sample.
         """
-        if not 0 <= i < len(self):
-            raise IndexError(f"sample {i} of {len(self)} in data set {self.name!r}")
-        s = int(np.searchsorted(self._starts, i, side="right")) - 1
-        return s, i - int(self._starts[s])
+        if not 0 <= i < self._total:
+            raise IndexError(f"sample {i} of {self._total} in data set {self.name!r}")
+        s = int(self._starts.searchsorted(i, "right")) - 1
+        return s, i - self._starts.item(s)
 
     def index(self, s: int) -> ShardIndex:
         """Return the index of shard ``s``; the most recently used ones are kept.

@@ -27,7 +27,7 @@ from llava_scale.errors import ShardError
 from llava_scale.types import MEDIA_KINDS, MediaInfo, MediaKind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -120,8 +120,10 @@ def media_order(entry: MediaEntry) -> tuple[int, int, int]:
     return _KINDS[entry.kind], entry.number, entry.frame
 
 
-def group_media(media: Iterable[MediaEntry]) -> list[tuple[MediaEntry, ...]]:
+def group_media(media: Sequence[MediaEntry]) -> list[tuple[MediaEntry, ...]]:
     """Return one tuple of entries per medium: a file alone, or all stored frames of one video."""
+    if all(entry.frame == NO_FRAME for entry in media):
+        return [(entry,) for entry in media]
     grouped: list[tuple[MediaEntry, ...]] = []
     for (_, _, whole), group in groupby(media, lambda entry: (entry.kind, entry.number, entry.frame == NO_FRAME)):
         entries = tuple(group)
@@ -153,7 +155,7 @@ class ShardIndex:
     def __init__(self, header: dict[str, Any], columns: dict[str, NDArray[Any]], raw: bytes) -> None:
         self._raw = raw
         self._columns = columns
-        self._kinds: list[MediaKind] = list(MEDIA_KINDS)
+        self._media_columns = [columns[name] for name in _MEDIA_COLUMNS]
         self._extensions: list[str] = header["extensions"]
         self._keys = columns["keys"].tobytes()
         self.name: str = header["name"]
@@ -172,12 +174,12 @@ class ShardIndex:
     def key(self, i: int) -> str:
         """Return the key of sample ``i``, unescaped."""
         ends = self._columns["key_end"]
-        start = int(ends[i - 1]) if i else 0
-        return self._keys[start : int(ends[i])].decode("utf-8", "surrogatepass")
+        start = ends.item(i - 1) if i else 0
+        return self._keys[start : ends.item(i)].decode("utf-8", "surrogatepass")
 
     def json_range(self, i: int) -> tuple[int, int]:
         """Return offset and size of the record of sample ``i``."""
-        return int(self._columns["json_offset"][i]), int(self._columns["json_size"][i])
+        return self._columns["json_offset"].item(i), self._columns["json_size"].item(i)
 
     def entry(self, i: int) -> SampleEntry:
         """Return where everything of sample ``i`` lies."""
@@ -253,18 +255,13 @@ class ShardIndex:
 
     def _media(self, i: int) -> tuple[MediaEntry, ...]:
         ends = self._columns["media_end"]
-        start, end = (int(ends[i - 1]) if i else 0), int(ends[i])
-        return tuple(self._medium(number) for number in range(start, end))
+        start = ends.item(i - 1) if i else 0
+        return tuple(self._medium(number) for number in range(start, ends.item(i)))
 
     def _medium(self, number: int) -> MediaEntry:
-        kind, ext, index, frame, offset, size, width, height, num_frames, duration = (
-            self._columns[name][number].item() for name in _MEDIA_COLUMNS
-        )
-        media_kind = self._kinds[kind]
-        info = MediaInfo(
-            kind=media_kind, width=width, height=height, num_frames=num_frames, duration_s=duration / 1000.0
-        )
-        return MediaEntry(media_kind, self._extensions[ext], index, frame, offset, size, info)
+        kind, ext, index, frame, offset, size, *look = [column.item(number) for column in self._media_columns]
+        info = _shared_info(kind, *look)
+        return MediaEntry(info.kind, self._extensions[ext], index, frame, offset, size, info)
 
 
 @dataclass(slots=True)

@@ -60,10 +60,12 @@ def parse_record(record: Mapping[str, Any], media_counts: Mapping[MediaKind, int
     prefix = ""
     for kind in MEDIA_KINDS:
         marker, num_media = PLACEHOLDERS[kind], media_counts.get(kind, 0)
+        num_markers = 0
         for turn in turns:
-            if turn.role != "user" and marker in turn.text:
-                raise SampleError(f"has {marker} in a turn of the {turn.role}; media belong to human turns")
-        num_markers = sum(turn.text.count(marker) for turn in turns)
+            if marker in turn.text:
+                if turn.role != "user":
+                    raise SampleError(f"has {marker} in a turn of the {turn.role}; media belong to human turns")
+                num_markers += turn.text.count(marker)
         if num_markers == 0:
             prefix += f"{marker}\n" * num_media
         elif num_markers != num_media:
