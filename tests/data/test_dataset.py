@@ -4,6 +4,8 @@ import gzip
 import io
 import json
 import pickle
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -322,3 +324,23 @@ def test_held_out_parts_nest_and_have_their_share():
 
 def test_key_hashes_never_change():
     assert key_hash("a/b.c") == 0x87E5EF5E767FD685
+
+
+def test_a_hundred_million_samples_open_in_a_second_and_little_memory(tmp_path):
+    count = 100_000
+    DatasetInfo(
+        names=tuple(f"shard-{number:05d}.tar" for number in range(count)),
+        num_samples=(1000,) * count,
+        num_bytes=(64_000_000,) * count,
+        sha256=tuple(f"{number:064x}" for number in range(count)),
+    ).save(tmp_path)
+    code = (
+        "import resource, sys, time; from llava_scale.data.dataset import open_dataset\n"
+        "start = time.process_time(); data = open_dataset(sys.argv[1]); data.fingerprint()\n"
+        "assert data.locate(99_999_999) == (99_999, 999)\n"
+        "print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    seconds, megabytes = map(float, done.stdout.split())
+    assert seconds < 1.0
+    assert megabytes < 250
