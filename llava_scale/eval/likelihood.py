@@ -1,0 +1,250 @@
+"""What the model finds likely: held-out loss, and captions ranked by likelihood for a picture.
+
+Legend: ``B`` captions, ``L`` tokens of a caption, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llava_scale.data.collate import RowBuilder, lay_out
+from llava_scale.data.planner import PlannedSample
+from llava_scale.eval.metrics import Share, rank_of, top_k
+from llava_scale.model import row_inputs
+from llava_scale.types import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from llava_scale.data.collate import PreparedSample
+    from llava_scale.data.dataset import ShardedDataset
+    from llava_scale.model import LlavaScaleForConditionalGeneration, LlavaScaleProcessor
+    from llava_scale.types import Sample
+
+ROW_TOKENS = 4096
+"""Samples share a row up to this many tokens; a longer one gets a row of its own."""
+
+_MOST_SCORES = 1 << 26  # floats of logits held at once
+
+
+class Preparer:
+    """Samples of one data set as the model takes them.
+
+    Args:
+        dataset: Where they come from.
+        processor: Of the model.
+        max_length: Longest sample in tokens.
+    """
+
+    def __init__(self, dataset: ShardedDataset, processor: LlavaScaleProcessor, *, max_length: int) -> None:
+        self._builder = RowBuilder(
+            datasets=[dataset],
+            encoder=processor.chat_encoder,
+            counter=processor.token_counter,
+            transforms={"image": processor.image_transform},
+            row_length=max_length,
+        )
+
+    def prepare(self, number: int, sample: Sample) -> PreparedSample:
+        """Tokenise sample ``number`` and decode its media.
+
+        Raises:
+            SampleError: it cannot be used.
+        """
+        return self._builder.prepare(PlannedSample(0, number, 0), sample, None)
+
+
+class HeldOutLoss:
+    """Mean loss over the supervised tokens of many samples, added a few at a time.
+
+    Attributes:
+        num_tokens: Supervised tokens so far.
+    """
+
+    def __init__(self, model: LlavaScaleForConditionalGeneration) -> None:
+        self._model = model
+        self._sum = torch.zeros((), dtype=torch.float64)
+        self.num_tokens = 0
+
+    @property
+    def value(self) -> float | None:
+        """Nats per supervised token; None before the first."""
+        return float(self._sum) / self.num_tokens if self.num_tokens else None
+
+    @torch.no_grad()
+    def add(self, samples: Sequence[PreparedSample]) -> None:
+        """Count samples, packed into rows in their order."""
+        for group in _filled(samples):
+            row = lay_out(group, step=None)
+            output = self._model(**row_inputs(row, device=self._model.device), num_items_in_batch=1)
+            self._sum += output.loss.double().cpu()
+            self.num_tokens += row.num_supervised
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptionRanking:
+    """How often a picture's own caption is the likeliest among others.
+
+    Attributes:
+        num_samples: Pictures.
+        num_candidates: Captions each was compared with, its own included.
+        top1: By mean log-likelihood per token.
+        top5: As ``top1``, among the first five.
+        sum_top1: By the log-likelihood of the whole caption.
+        sum_top5: As ``sum_top1``, among the first five.
+    """
+
+    num_samples: int
+    num_candidates: int
+    top1: Share
+    top5: Share
+    sum_top1: Share
+    sum_top5: Share
+
+    def chance(self, k: int) -> float:
+        """Share that guessing would put among the first ``k``."""
+        return min(k, self.num_candidates) / self.num_candidates
+
+    def to_json(self) -> dict[str, Any]:
+        """As written to ``eval.json``."""
+        return {
+            "num_samples": self.num_samples,
+            "num_candidates": self.num_candidates,
+            **{name: getattr(self, name).to_json() for name in ("top1", "top5", "sum_top1", "sum_top5")},
+            "chance_top1": self.chance(1),
+            "chance_top5": self.chance(5),
+        }
+
+
+def rank_captions(
+    model: LlavaScaleForConditionalGeneration,
+    samples: Sequence[PreparedSample],
+    *,
+    num_candidates: int,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> CaptionRanking:
+    """Rank each sample's own answer among the answers of the others.
+
+    The picture and the prompt go through the model once a sample; every caption continues from there.
+
+    Args:
+        model: In evaluation mode.
+        samples: Each with one answer, its caption. Equal captions count as one candidate.
+        num_candidates: Captions to compare, own included: all there are, or the own one and a draw of the others.
+        seed: Of the draw.
+        on_progress: Called with the samples done and the samples in all.
+
+    Raises:
+        ValueError: fewer than two different captions.
+    """
+    prompts, captions = zip(*(_split(sample) for sample in samples), strict=True)
+    distinct = sorted(set(captions), key=lambda caption: (len(caption), caption))
+    if len(distinct) < 2 or num_candidates < 2:
+        raise ValueError(f"ranking needs two different captions or more, got {min(len(distinct), num_candidates)}")
+    mean_ranks, sum_ranks = [], []
+    for done, (sample, prompt, own) in enumerate(zip(samples, prompts, captions, strict=True)):
+        chosen = _candidates(distinct, own, num_candidates, random.Random(f"{seed}:{sample.key}"))
+        totals = caption_scores(model, prompt, sample, chosen)
+        own_place = chosen.index(own)
+        sum_ranks.append(rank_of(totals, own_place))
+        means = [total / len(caption) for total, caption in zip(totals, chosen, strict=True)]
+        mean_ranks.append(rank_of(means, own_place))
+        on_progress(done + 1, len(samples))
+    return CaptionRanking(
+        num_samples=len(samples),
+        num_candidates=min(num_candidates, len(distinct)),
+        top1=top_k(mean_ranks, 1),
+        top5=top_k(mean_ranks, 5),
+        sum_top1=top_k(sum_ranks, 1),
+        sum_top5=top_k(sum_ranks, 5),
+    )
+
+
+@torch.no_grad()
+def caption_scores(
+    model: LlavaScaleForConditionalGeneration,
+    prompt: Sequence[int],
+    sample: PreparedSample,
+    captions: Sequence[tuple[int, ...]],
+) -> list[float]:
+    """Log-likelihood of each caption (token ids, end marker included) after the prompt and its pictures."""
+    pictures = sample.media.get("image")
+    inputs: dict[str, Any] = {"input_ids": torch.tensor([prompt], device=model.device)}
+    if pictures:
+        inputs["pixel_values"] = torch.stack(pictures).to(model.device)
+    start = model(**inputs, use_cache=True, logits_to_keep=1)
+    first = start.logits[0, -1].float().log_softmax(-1)
+    scores: list[float] = []
+    for group in _groups(captions, first.shape[-1]):
+        total = first[torch.tensor([caption[0] for caption in group], device=first.device)]
+        if len(group[-1]) > 1:
+            total = total + _continued(model, start.past_key_values, group)
+        scores += total.tolist()
+    return scores
+
+
+def _continued(model: LlavaScaleForConditionalGeneration, cache: Any, group: Sequence[tuple[int, ...]]) -> Tensor:
+    """Log-likelihood ``(B,)`` of what follows the first token of each caption, from the cache of the prompt."""
+    longest = max(map(len, group))
+    padded_BL = torch.tensor([[*caption, *[0] * (longest - len(caption))] for caption in group], device=model.device)
+    lengths = torch.tensor([len(caption) for caption in group], device=model.device)
+    copied = copy.deepcopy(cache)
+    copied.batch_repeat_interleave(len(group))
+    # no mask: padding stands behind everything that is looked at
+    logits_BLV = model(input_ids=padded_BL[:, :-1], past_key_values=copied, use_cache=True).logits.float()
+    chosen_BL = logits_BLV.gather(-1, padded_BL[:, 1:, None]).squeeze(-1) - logits_BLV.logsumexp(-1)
+    is_token = torch.arange(1, longest, device=model.device) < lengths[:, None]
+    return torch.where(is_token, chosen_BL, 0.0).sum(1)
+
+
+def _filled(samples: Sequence[PreparedSample]) -> list[list[PreparedSample]]:
+    """Samples in their order, as many together as fit in a row."""
+    groups: list[list[PreparedSample]] = []
+    room = 0
+    for sample in samples:
+        length = len(sample.input_ids)
+        if not groups or length > room:
+            groups.append([])
+            room = ROW_TOKENS
+        groups[-1].append(sample)
+        room -= length
+    return groups
+
+
+def _split(sample: PreparedSample) -> tuple[list[int], tuple[int, ...]]:
+    """Token ids of a sample's prompt, and of its first answer."""
+    supervised = (sample.labels != IGNORE_INDEX).tolist()
+    start = supervised.index(True)
+    end = next((place for place in range(start, len(supervised)) if not supervised[place]), len(supervised))
+    ids = sample.input_ids.tolist()
+    return ids[:start], tuple(ids[start:end])
+
+
+def _candidates(
+    distinct: Sequence[tuple[int, ...]], own: tuple[int, ...], number: int, rng: random.Random
+) -> list[tuple[int, ...]]:
+    """``own`` and others, in the order of their lengths."""
+    if number >= len(distinct):
+        return list(distinct)
+    others = [caption for caption in distinct if caption != own]
+    chosen = [own, *rng.sample(others, number - 1)]
+    return sorted(chosen, key=lambda caption: (len(caption), caption))
+
+
+def _groups(captions: Sequence[tuple[int, ...]], vocabulary: int) -> list[list[tuple[int, ...]]]:
+    """Captions (in the order of their lengths) in groups whose logits fit in memory."""
+    groups: list[list[tuple[int, ...]]] = [[]]
+    for caption in captions:
+        if groups[-1] and (len(groups[-1]) + 1) * len(caption) * vocabulary > _MOST_SCORES:
+            groups.append([])
+        groups[-1].append(caption)
+    return groups

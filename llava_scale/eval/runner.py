@@ -1,0 +1,313 @@
+"""Evaluate a model on a packed data set."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from llava_scale.errors import ConfigError, SampleError
+from llava_scale.eval.likelihood import CaptionRanking, HeldOutLoss, Preparer, rank_captions
+from llava_scale.eval.metrics import Share, exact_match, majority_matches, normalise_answer, share_of
+from llava_scale.eval.result import EvalResult, Example, thumbnail
+from llava_scale.eval.tasks import MODALITIES, BlindGenerate, Generate, Question, questions_of
+from llava_scale.types import SkippedSample
+
+if TYPE_CHECKING:
+    from llava_scale.data.collate import PreparedSample
+    from llava_scale.data.dataset import ShardedDataset
+    from llava_scale.model import LlavaScaleForConditionalGeneration, LlavaScaleProcessor
+    from llava_scale.types import Sample
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with the part of the evaluation, what is done of it, and all of it."""
+
+_CHUNK = 256  # samples read, scored and asked together
+_UNLIMITED = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalSettings:
+    """What is evaluated.
+
+    Attributes:
+        limit: Most samples, spread evenly over the data set; 0 takes all.
+        blind_model: Also ask with plain pictures.
+        ranking: Captions to rank among; 0 ranks none.
+        ranking_task: Samples whose ``task`` is this take part in the ranking.
+        num_examples: Answers to keep with their pictures.
+        seed: Of the draw of captions.
+    """
+
+    limit: int = 0
+    blind_model: bool = True
+    ranking: int = 0
+    ranking_task: str = "caption"
+    num_examples: int = 48
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.limit < 0 or self.num_examples < 0:
+            raise ConfigError(f"limit and num_examples must be 0 or more, got {self.limit} and {self.num_examples}")
+        if self.ranking < 0 or self.ranking == 1:
+            raise ConfigError(f"ranking must be 0 (none) or 2 and more captions, got {self.ranking}")
+
+
+def evaluate(
+    model: LlavaScaleForConditionalGeneration,
+    processor: LlavaScaleProcessor,
+    dataset: ShardedDataset,
+    generate: Generate,
+    *,
+    checkpoint: str = "",
+    settings: EvalSettings | None = None,
+    on_progress: OnProgress = lambda part, done, total: None,
+) -> EvalResult:
+    """Held-out loss, exact match beside blind scores, and caption ranking.
+
+    Every answer of a conversation is asked for, with the true history before it. The model is put into evaluation mode
+    and back.
+
+    Args:
+        model: What is evaluated.
+        processor: Its processor.
+        dataset: Held-out samples.
+        generate: Answers questions with this model; greedy, so that results repeat.
+        checkpoint: Name of the model in the result.
+        settings: What is evaluated.
+        on_progress: Hears how far it is.
+
+    Raises:
+        SampleError: no sample can be used; names the first.
+        ConfigError: ranking was asked for and there are not two captions.
+    """
+    options = settings or EvalSettings()
+    was_training = model.training
+    model.eval()
+    try:
+        run = _Evaluation(model, processor, dataset, generate, options, on_progress)
+        run.read_all()
+        ranking = run.rank() if options.ranking else None
+        return run.result(checkpoint, ranking)
+    finally:
+        model.train(was_training)
+
+
+@dataclass(slots=True)
+class _Answered:
+    """What came of a question; its media are let go."""
+
+    question: Question
+    modality: str
+    answer: str
+    blind_answer: str | None
+
+    @classmethod
+    def of(cls, question: Question, answer: str, blind_answer: str | None) -> _Answered:
+        return cls(replace(question, media={}), question.modality, answer, blind_answer)
+
+    @property
+    def correct(self) -> bool:
+        return exact_match(self.answer, self.question.gold)
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """What a reader without eyes could tell questions apart by."""
+        return self.modality, normalise_answer(self.question.text)
+
+
+@dataclass(slots=True)
+class _Evaluation:
+    model: LlavaScaleForConditionalGeneration
+    processor: LlavaScaleProcessor
+    dataset: ShardedDataset
+    generate: Generate
+    settings: EvalSettings
+    on_progress: OnProgress
+    answered: list[_Answered] = field(default_factory=list)
+    skipped: list[SkippedSample] = field(default_factory=list)
+    captions: list[PreparedSample] = field(default_factory=list)
+    num_samples: int = 0
+    loss: HeldOutLoss = field(init=False)
+    preparer: Preparer = field(init=False)
+    blind: BlindGenerate = field(init=False)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def __post_init__(self) -> None:
+        self.loss = HeldOutLoss(self.model)
+        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        self.preparer = Preparer(self.dataset, self.processor, max_length=limit or _UNLIMITED)
+        transform = self.processor.image_transform
+        self.blind = BlindGenerate(self.generate, colour=transform.background, size=transform.size)
+
+    def read_all(self) -> None:
+        """Loss and answers of every chosen sample."""
+        chosen = spread(len(self.dataset), self.settings.limit)
+        for start in range(0, len(chosen), _CHUNK):
+            numbers = chosen[start : start + _CHUNK]
+            self.on_progress("samples", start, len(chosen))
+            samples = self._usable(numbers)
+            self._ask([question for number, sample in samples for question in questions_of(sample, number)])
+        self.on_progress("samples", len(chosen), len(chosen))
+        if not self.num_samples:
+            first = self.skipped[0]
+            raise SampleError(
+                f"no sample of {len(chosen):,} can be used, this one because: {first.reason}",
+                shard=first.shard,
+                key=first.key,
+            )
+
+    def _usable(self, numbers: Sequence[int]) -> list[tuple[int, Sample]]:
+        """Read samples, add their loss, and return those that the model can take."""
+        usable, prepared = [], []
+        with self._timed("loss"):
+            for number, sample in zip(numbers, self.dataset.samples(numbers), strict=True):
+                try:
+                    if isinstance(sample, SampleError):
+                        raise sample
+                    ready = self.preparer.prepare(number, sample)
+                except SampleError as error:
+                    self._skip(number, error)
+                    continue
+                usable.append((number, sample))
+                prepared.append(ready)
+                if self.settings.ranking and self._is_caption(sample):
+                    self.captions.append(ready)
+            self.loss.add(prepared)
+            self.num_samples += len(usable)
+        return usable
+
+    def _is_caption(self, sample: Sample) -> bool:
+        return bool(sample.media.get("image")) and sample.extra.get("task") == self.settings.ranking_task
+
+    def _ask(self, questions: Sequence[Question]) -> None:
+        with self._timed("answers"):
+            answers = self.generate(questions)
+        seeing = [question for question in questions if question.modality == "image"]
+        blind: dict[int, str] = {}
+        if self.settings.blind_model and seeing:
+            with self._timed("blind answers"):
+                for question, guess in zip(seeing, self.blind(seeing), strict=True):
+                    blind[id(question)] = guess if isinstance(guess, str) else ""
+        for question, answer in zip(questions, answers, strict=True):
+            if isinstance(answer, SampleError):
+                self._skip(question.number, answer)
+                continue
+            self.answered.append(_Answered.of(question, answer, blind.get(id(question))))
+
+    def _skip(self, number: int, error: SampleError) -> None:
+        shard = error.shard or self.dataset.shard_name(self.dataset.locate(number)[0])
+        key = error.key or self.dataset.key(number)
+        self.skipped.append(SkippedSample(shard=shard, key=key, reason=error.reason))
+
+    def rank(self) -> CaptionRanking:
+        """Rank the captions that were met."""
+        task = self.settings.ranking_task
+        with self._timed("ranking"):
+            try:
+                return rank_captions(
+                    self.model,
+                    self.captions,
+                    num_candidates=self.settings.ranking,
+                    seed=self.settings.seed,
+                    on_progress=lambda done, total: self.on_progress("ranking", done, total),
+                )
+            except ValueError:
+                found = sorted({item.question.task or "(none)" for item in self.answered})
+                raise ConfigError(
+                    f"ranking needs two different captions or more, but {len(self.captions)} samples with pictures "
+                    f"have the task {task!r}; tasks here: {', '.join(found)} (choose with --ranking-task)"
+                ) from None
+
+    def result(self, checkpoint: str, ranking: CaptionRanking | None) -> EvalResult:
+        """Everything that was found."""
+        tasks = [item.question.task for item in self.answered]
+        modalities = [item.modality for item in self.answered]
+        correct = {place: item.correct for place, item in enumerate(self.answered)}
+        seen = {place: item for place, item in enumerate(self.answered) if item.modality != "text"}
+        golds = [item.question.gold for item in seen.values()]
+        majority = dict(zip(seen, majority_matches([item.group for item in seen.values()], golds), strict=True))
+        guessed = {
+            place: exact_match(item.blind_answer, item.question.gold)
+            for place, item in seen.items()
+            if item.blind_answer is not None
+        }
+        return EvalResult(
+            checkpoint=checkpoint,
+            data=self.dataset.path,
+            num_samples=self.num_samples,
+            num_questions=len(self.answered),
+            loss=self.loss.value,
+            num_supervised=self.loss.num_tokens,
+            exact_match={"overall": share_of(list(correct.values())), **_shares(correct, modalities, MODALITIES)},
+            by_task=_shares(correct, tasks),
+            blind=_shares(majority, modalities, MODALITIES),
+            blind_by_task=_shares(majority, tasks),
+            blind_model=_shares(guessed, modalities, MODALITIES),
+            blind_model_by_task=_shares(guessed, tasks),
+            ranking=ranking,
+            examples=tuple(self._examples()),
+            skipped=tuple(self.skipped),
+            seconds=dict(self.seconds),
+        )
+
+    def _examples(self) -> Iterator[Example]:
+        """Kept answers with their pictures: half of them wrong as far as there are enough, each half spread evenly."""
+        places = choose_examples([item.correct for item in self.answered], self.settings.num_examples)
+        transform = self.processor.image_transform
+        for place in places:
+            item = self.answered[place]
+            question = item.question
+            sample = self.dataset.sample(question.number)
+            asked = next(other for other in questions_of(sample, question.number) if other.turns == question.turns)
+            small = [thumbnail(data, max_pixels=transform.max_pixels) for data in asked.media.get("image", ())]
+            yield Example(
+                key=question.key,
+                task=question.task,
+                modality=item.modality,
+                question=question.text,
+                gold=question.gold,
+                answer=item.answer,
+                correct=item.correct,
+                pictures=tuple(data for data in small if data),
+            )
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        self.seconds[part] += time.perf_counter() - start
+
+
+def spread(total: int, limit: int) -> list[int]:
+    """``limit`` of the numbers below ``total``, evenly apart; all of them where ``limit`` is 0 or larger."""
+    if not limit or limit >= total:
+        return list(range(total))
+    return [place * total // limit for place in range(limit)]
+
+
+def choose_examples(correct: Sequence[bool], number: int) -> list[int]:
+    """Places of ``number`` answers: up to half of them wrong, more where right ones are few; in rising order."""
+    wrong = [place for place, right in enumerate(correct) if not right]
+    right = [place for place, is_right in enumerate(correct) if is_right]
+    num_wrong = min(len(wrong), max(number // 2, number - len(right)))
+    num_right = min(len(right), number - num_wrong)
+    taken = [wrong[place] for place in spread(len(wrong), num_wrong)] if num_wrong else []
+    taken += [right[place] for place in spread(len(right), num_right)] if num_right else []
+    return sorted(taken)
+
+
+def _shares(outcomes: dict[int, bool], groups: Sequence[str], order: Sequence[str] = ()) -> dict[str, Share]:
+    """Share of the outcomes in each group, groups in ``order`` or sorted; nameless ones are left out."""
+    members: defaultdict[str, list[bool]] = defaultdict(list)
+    for place, outcome in outcomes.items():
+        members[groups[place]].append(outcome)
+    names = [name for name in order if name in members] if order else sorted(members)
+    return {name: share_of(members[name]) for name in names if name}
