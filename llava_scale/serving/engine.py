@@ -5,19 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llava_scale.errors import ConfigError, SampleError
+from llava_scale.errors import CheckpointError, ConfigError, SampleError
 from llava_scale.model import load_model
 from llava_scale.serving.prompts import GenerationRequest, Medium, Prompt, decode_pictures, make_prompt
 from llava_scale.serving.sampling import Sampling, TokenSampler
 from llava_scale.serving.streaming import TokenQueue, text_pieces, token_ids
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
     from llava_scale.model import LlavaScaleForConditionalGeneration, LlavaScaleProcessor
@@ -40,6 +39,11 @@ def load_engine(checkpoint: str | Path, *, device: str = "auto", dtype: str = "a
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ConfigError(f"unknown dtype {dtype!r}; choose auto, float32, bfloat16 or float16")
     place = choose_device(device)
+    folder = Path(checkpoint)
+    if not (folder / "config.json").is_file():
+        inside = folder / "final"
+        hint = f"; the model of this run is {inside}" if inside.is_dir() else "; give a folder such as RUN/final"
+        raise CheckpointError(f"{folder} holds no model (config.json){hint}")
     model, processor = load_model(checkpoint, dtype=None if dtype == "auto" else getattr(torch, dtype), device=place)
     return Engine(model, processor)
 
