@@ -87,7 +87,7 @@ class Meter:
 
     def add_loss(self, loss: Tensor, num_tokens: int, finite: Tensor) -> None:
         """Count a step's mean loss over ``num_tokens``; nothing is counted where ``finite`` is false."""
-        sums = torch.stack((loss.double() * num_tokens, loss.new_tensor(num_tokens, dtype=torch.float64)))
+        sums = torch.stack((loss.double() * num_tokens, loss.new_full((), num_tokens, dtype=torch.float64)))
         self._loss += torch.where(finite, sums, 0.0)
 
     def end_step(self) -> None:
