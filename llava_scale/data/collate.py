@@ -53,7 +53,7 @@ class BuiltRow:
 
 @dataclass(slots=True)
 class PreparedSample:
-    """A sample ready to be laid into a row: ``L`` tokens, media expanded."""
+    """A sample ready to be laid into a row: ``L`` tokens, media expanded; its pictures lie in the row's block."""
 
     key: str
     input_ids: IntArray
@@ -93,24 +93,30 @@ class RowBuilder:
         samples: list[PreparedSample] = []
         outcomes: list[Outcome] = []
         members = (*plan.rejected, *plan.samples)
-        for planned, found in zip(members, self._read(members), strict=True):
+        read = self._read(members)
+        pictures = PictureBlock(sum(len(s.media.get("image", ())) for s in read if not isinstance(s, SampleError)))
+        for planned, found in zip(members, read, strict=True):
+            num_pictures = pictures.size
             try:
-                sample = self.prepare(planned, found, plan.step)
+                sample = self.prepare(planned, found, plan.step, pictures)
             except SampleError as error:
+                pictures.size = num_pictures
                 outcomes.append(Outcome(planned.source, self._skipped(planned, error)))
                 continue
             samples.append(sample)
             outcomes.append(Outcome(planned.source, truncated=sample.truncated))
         skipped = tuple(outcome.skipped for outcome in outcomes if outcome.skipped is not None)
-        return BuiltRow(lay_out(samples, step=plan.step, skipped=skipped), tuple(outcomes))
+        return BuiltRow(lay_out(samples, pictures.tensor(), step=plan.step, skipped=skipped), tuple(outcomes))
 
     def prefetch(self, plan: RowPlan) -> None:
         """Start fetching what the row needs, if it lies on another machine."""
         for source, numbers in _by_source((*plan.rejected, *plan.samples)).items():
             self.datasets[source].prefetch(numbers)
 
-    def prepare(self, planned: PlannedSample, sample: Sample | SampleError, step: int | None) -> PreparedSample:
-        """Tokenise the text of one sample as read, and decode its media.
+    def prepare(
+        self, planned: PlannedSample, sample: Sample | SampleError, step: int | None, pictures: PictureBlock
+    ) -> PreparedSample:
+        """Tokenise the text of one sample as read, and decode its media; its pictures go to ``pictures``.
 
         Raises:
             SampleError: if it cannot be used, with the reason.
@@ -136,7 +142,7 @@ class RowBuilder:
         by_kind: dict[MediaKind, list[MediaTokens]] = {}
         for kind, counted in tokens:
             by_kind.setdefault(kind, []).append(counted)
-        media = self._decode(sample)
+        media = self._decode(sample, pictures)
         return PreparedSample(sample.key, ids, labels, instruction_of(sample.turns), media, by_kind, truncated)
 
     def _read(self, members: Sequence[PlannedSample]) -> list[Sample | SampleError]:
@@ -148,25 +154,31 @@ class RowBuilder:
         self, sample: Sample, ids: IntArray, infos: Sequence[MediaInfo], step: int | None
     ) -> tuple[IntArray, list[tuple[MediaKind, MediaTokens]]]:
         """Positions of the placeholders in ``ids``, and kind and tokens of the medium behind each."""
-        kind_of = {token_id: kind for kind, token_id in self.encoder.placeholder_ids.items()}
-        marker_pos = np.array([slot for slot, token_id in enumerate(ids.tolist()) if token_id in kind_of], np.int64)
-        waiting = {kind: [info for info in infos if info.kind == kind] for kind in MEDIA_KINDS}
-        tokens = []
-        for token_id in ids[marker_pos].tolist():
-            kind = kind_of[token_id]
-            self._transform(sample, kind)
-            if waiting[kind]:
-                tokens.append((kind, self.counter.count(waiting[kind].pop(0), step=step)))
-        if len(tokens) != len(infos) or len(tokens) != len(marker_pos):
-            raise _error(sample, f"its text has {len(marker_pos)} placeholder tokens for {len(infos)} media")
-        return marker_pos, tokens
+        markers: list[tuple[int, MediaInfo]] = []
+        for kind, marker in self.encoder.placeholder_ids.items():
+            of_kind = [info for info in infos if info.kind == kind]
+            positions = np.flatnonzero(ids == marker).tolist()
+            if len(positions) != len(of_kind):
+                count = f"{len(positions)} placeholder tokens for {len(of_kind)} media of kind {kind}"
+                raise _error(sample, f"its text has {count}")
+            markers += zip(positions, of_kind, strict=True)
+        markers.sort(key=lambda marker: marker[0])
+        for _, info in markers:
+            self._transform(sample, info.kind)
+        tokens = [(info.kind, self.counter.count(info, step=step)) for _, info in markers]
+        return np.array([position for position, _ in markers], dtype=np.int64), tokens
 
-    def _decode(self, sample: Sample) -> dict[MediaKind, list[Tensor]]:
+    def _decode(self, sample: Sample, pictures: PictureBlock) -> dict[MediaKind, list[Tensor]]:
+        """Decoded media by kind, other than pictures, which are added to ``pictures``."""
         decoded: dict[MediaKind, list[Tensor]] = {}
         for kind, files in sample.media.items():
             transform = self._transform(sample, kind)
             try:
-                decoded[kind] = [transform(data) for _, data in files]
+                if kind == "image":
+                    for _, data in files:
+                        pictures.add(transform(data))
+                else:
+                    decoded[kind] = [transform(data) for _, data in files]
             except SampleError as error:
                 raise error.at(shard=sample.shard, key=sample.key) from error
         return decoded
@@ -202,8 +214,48 @@ class RowBuilder:
         return SkippedSample(shard=shard, key=error.key or dataset.key(planned.number), reason=error.reason)
 
 
+class PictureBlock:
+    """The pictures of a row in one block of memory, channels last as transforms leave them.
+
+    Each picture is copied while it is still in the processor's cache, and none is held twice.
+
+    Args:
+        capacity: Most pictures that will be added.
+
+    Attributes:
+        size: Pictures held; lowering it drops the last ones.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._block: Tensor | None = None
+        self.size = 0
+
+    def add(self, picture: Tensor) -> None:
+        """Copy a picture ``(3, H, W)`` into the next place.
+
+        Raises:
+            ShapeError: if it differs in shape from those before it.
+        """
+        if self._block is None:
+            height, width = picture.shape[1:]
+            self._block = torch.empty((self._capacity, height, width, 3), dtype=picture.dtype).permute(0, 3, 1, 2)
+        if picture.shape != self._block.shape[1:]:
+            raise ShapeError(_different_shapes("pictures", [self._block[0], picture]))
+        self._block[self.size].copy_(picture)
+        self.size += 1
+
+    def tensor(self) -> Tensor | None:
+        """All pictures, ``(I, 3, H, W)``; None without any."""
+        return self._block[: self.size] if self._block is not None and self.size else None
+
+
 def lay_out(
-    samples: Sequence[PreparedSample], *, step: int | None, skipped: tuple[SkippedSample, ...] = ()
+    samples: Sequence[PreparedSample],
+    pictures: Tensor | None,
+    *,
+    step: int | None,
+    skipped: tuple[SkippedSample, ...] = (),
 ) -> PackedRow:
     """Lay samples end to end; none at all give a row of two unsupervised tokens that keeps ranks aligned."""
     if not samples:
@@ -218,7 +270,7 @@ def lay_out(
         labels=torch.from_numpy(np.concatenate([sample.labels for sample in samples])),
         position_ids=torch.from_numpy(np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)),
         cu_seq_lens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
-        pixel_values=_joined(_stacked_pictures, media.tensors["image"], "pictures"),
+        pixel_values=pictures,
         image_grids=media.grids("image"),
         image_num_tokens=media.num_tokens("image"),
         pixel_values_videos=_joined(torch.cat, media.tensors["video"], "videos"),
@@ -251,8 +303,9 @@ class _Collected:
     def add(self, sample: PreparedSample) -> None:
         for kind, tensors in sample.media.items():
             self.tensors[kind] += tensors
-            self.tokens[kind] += sample.tokens[kind]
-            self.instructions += [sample.instruction] * len(tensors)
+        for kind, tokens in sample.tokens.items():
+            self.tokens[kind] += tokens
+            self.instructions += [sample.instruction] * len(tokens)
 
     def grids(self, kind: MediaKind) -> tuple[Grid, ...]:
         return tuple(counted.grid for counted in self.tokens[kind])
@@ -268,21 +321,20 @@ def _by_source(members: Sequence[PlannedSample]) -> dict[int, list[int]]:
     return numbers
 
 
-def _stacked_pictures(pictures: list[Tensor]) -> Tensor:
-    """``torch.stack`` that keeps the channels-last memory of transforms' pictures: a plain copy of bytes."""
-    return torch.stack([picture.permute(1, 2, 0) for picture in pictures]).permute(0, 3, 1, 2)
-
-
 def _joined(join: Callable[[list[Tensor]], Any], tensors: list[Tensor], name: str) -> Tensor | None:
     if not tensors:
         return None
     try:
         joined = join(tensors)
     except RuntimeError:
-        shapes = sorted({tuple(tensor.shape) for tensor in tensors})
-        raise ShapeError(f"the {name} of a row have different shapes {shapes}; use a transform of fixed size") from None
+        raise ShapeError(_different_shapes(name, tensors)) from None
     assert isinstance(joined, Tensor)
     return joined
+
+
+def _different_shapes(name: str, tensors: Sequence[Tensor]) -> str:
+    shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+    return f"the {name} of a row have different shapes {shapes}; use a transform of fixed size"
 
 
 def _alignment_row(step: int | None, skipped: tuple[SkippedSample, ...]) -> PackedRow:

@@ -9,6 +9,7 @@ import weakref
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -213,7 +214,7 @@ class StreamingLoader:
 
         Rows prepared ahead do not count.
         """
-        return encode_state(self._current_state(), self.fingerprint())
+        return encode_state(self._current_state(), self.fingerprint)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue behind the batch after which ``state`` was taken, at this or another number of ranks and workers.
@@ -221,11 +222,12 @@ class StreamingLoader:
         Raises:
             CheckpointError: the state is damaged, or belongs to other data, settings or token counts.
         """
-        loaded = decode_state(state, self.fingerprint())
+        loaded = decode_state(state, self.fingerprint)
         self._end_iteration()
         self._set_state(loaded)
         self._was_loaded = True
 
+    @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """Everything that the sequence of rows depends on, besides the position in it."""
         config, packing = self._config, self._config.packing
