@@ -24,7 +24,6 @@ from llava_scale.data.store import cache_folder
 from llava_scale.errors import SampleError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from llava_scale.data.chat import ChatEncoder
@@ -39,6 +38,7 @@ _HEADER = struct.Struct("<4sIQ")  # magic, CRC-32 of the lengths, number of samp
 _MAGIC = b"LSL1"
 _NUM_LOCKS = 64
 _MAX_TABLES = 1024
+_SHARDS_AHEAD = 4  # whose records are fetched while others are measured
 
 _log = logging.getLogger(__name__)
 
@@ -88,18 +88,24 @@ class TextLengths:
     def of(self, numbers: IntArray) -> IntArray:
         """Tokens of the text of each of ``numbers``; ``UNREADABLE`` where the record cannot be used."""
         lengths = np.empty(len(numbers), dtype=np.int64)
-        for group in self._rotated(by_shard(self._dataset, numbers)):
+        groups = _rotated(by_shard(self._dataset, numbers))
+        for ahead in groups[:_SHARDS_AHEAD]:
+            self._prefetch(ahead)
+        for number, group in enumerate(groups):
+            for ahead in groups[number + _SHARDS_AHEAD : number + _SHARDS_AHEAD + 1]:
+                self._prefetch(ahead)
             found = self._table(group.shard)[group.inside]
             if (found == _UNKNOWN).any():
                 found = self._measured(group.shard, group.inside)[group.inside]
             lengths[group.where] = found
         return lengths
 
-    def _rotated(self, groups: list[ShardGroup]) -> Iterator[ShardGroup]:
-        """Start elsewhere in each process: ranks that ask for the same shards then measure different ones."""
-        shift = os.getpid() % max(1, len(groups))
-        yield from groups[shift:]
-        yield from groups[:shift]
+    def _prefetch(self, group: ShardGroup) -> None:
+        """Start fetching the records that must be measured, if they lie on another machine."""
+        missing = group.inside[self._table(group.shard)[group.inside] == _UNKNOWN]
+        if len(missing):
+            first = self._dataset.shard_range(group.shard).start
+            self._dataset.prefetch((missing + first).tolist(), text_only=True)
 
     def _table(self, shard: int) -> NDArray[np.int32]:
         table = self._tables.get(shard)
@@ -123,10 +129,8 @@ class TextLengths:
             self._lock(shard, stack)
             saved = self._load(shard)
             table = self._table(shard).copy() if saved is None else np.maximum(saved, self._table(shard))
-            missing = inside[table[inside] == _UNKNOWN].tolist()
             first = self._dataset.shard_range(shard).start
-            self._dataset.prefetch([first + number for number in missing], text_only=True)
-            for number in missing:
+            for number in inside[table[inside] == _UNKNOWN].tolist():
                 table[number] = self._measure(first + number)
             self._save(shard, table)
         self._keep(shard, table)
@@ -187,6 +191,12 @@ class TextLengths:
             self._folder,
             error.strerror or error,
         )
+
+
+def _rotated(groups: list[ShardGroup]) -> list[ShardGroup]:
+    """Start elsewhere in each process: ranks that ask for the same shards then measure different ones."""
+    shift = os.getpid() % max(1, len(groups))
+    return groups[shift:] + groups[:shift]
 
 
 def _digest(text: str) -> str:

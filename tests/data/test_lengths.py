@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +85,44 @@ def test_a_folder_that_cannot_be_written_costs_a_warning_only(tmp_path, caplog):
 def _measure(folder: Path, cache: Path) -> None:
     stream = shard_stream(folder, cache)
     stream.steps_per_epoch()
+
+
+def test_records_are_fetched_ahead_and_only_those_that_must_be_measured(tmp_path):
+    asked = []
+
+    class Remote(MemoryDataset):
+        def prefetch(self, numbers, *, text_only=False):
+            assert text_only
+            asked.extend(numbers)
+
+    lengths = TextLengths(Remote(lengths=[3] * 100), LetterEncoder(), cache_dir=str(tmp_path))
+    lengths.of(np.arange(5, 95))
+    lengths.of(np.arange(0, 100))
+    assert sorted(asked) == list(range(100))
+
+
+def _measure_forever(folder: Path, cache: Path) -> None:
+    while True:
+        for file in cache.rglob("*.lengths"):
+            file.unlink(missing_ok=True)
+        _measure(folder, cache)
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_moment_leaves_no_torn_file_and_no_lock(tmp_path):
+    folder = write_shards(tmp_path / "shards", 60)
+    cache = tmp_path / "cache"
+    dataset = open_dataset(str(folder), cache_dir=str(cache))
+    expected = TextLengths(dataset, byte_encoder(), cache_dir=str(tmp_path / "other")).of(np.arange(60)).tolist()
+    rng = random.Random(0)
+    for _ in range(20):
+        process = multiprocessing.get_context("fork").Process(target=_measure_forever, args=(folder, cache))
+        process.start()
+        process.join(rng.uniform(0.02, 0.2))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert TextLengths(dataset, byte_encoder(), cache_dir=str(cache)).of(np.arange(60)).tolist() == expected
 
 
 @pytest.mark.slow
