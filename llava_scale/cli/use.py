@@ -201,7 +201,7 @@ def print_scores(result: EvalResult) -> None:
             blind, blind_model = result.blind_by_task.get(group), result.blind_model_by_task.get(group)
             table.add_row(*_score_cells(group, share, blind, blind_model))
         console.print(table)
-        typer.echo("blind: most frequent answer to the same question; blind model: this one with plain pictures")
+        typer.echo("blind: most frequent answer to such a question; blind model: this one with plain pictures")
     typer.echo(f"{result.num_samples:,} samples of {result.data}")
     if result.loss is not None:
         typer.echo(f"held-out loss {result.loss:.4f} nats a token ({result.num_supervised:,} supervised tokens)")

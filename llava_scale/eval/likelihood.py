@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llava_scale.data.collate import RowBuilder, lay_out
-from llava_scale.data.planner import PlannedSample
+from llava_scale.data.collate import RowBuilder
+from llava_scale.data.planner import PlannedSample, RowPlan
 from llava_scale.eval.metrics import Share, rank_of, top_k
 from llava_scale.model import row_inputs
 from llava_scale.types import IGNORE_INDEX
@@ -24,19 +24,15 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from llava_scale.data.collate import PreparedSample
     from llava_scale.data.dataset import ShardedDataset
     from llava_scale.model import LlavaScaleForConditionalGeneration, LlavaScaleProcessor
-    from llava_scale.types import Sample
-
-ROW_TOKENS = 4096
-"""Samples share a row up to this many tokens; a longer one gets a row of its own."""
+    from llava_scale.types import PackedRow, SkippedSample
 
 _MOST_SCORES = 1 << 26  # floats of logits held at once
 
 
-class Preparer:
-    """Samples of one data set as the model takes them.
+class RowMaker:
+    """Samples of one data set as packed rows.
 
     Args:
         dataset: Where they come from.
@@ -53,17 +49,19 @@ class Preparer:
             row_length=max_length,
         )
 
-    def prepare(self, number: int, sample: Sample) -> PreparedSample:
-        """Tokenise sample ``number`` and decode its media.
+    def row(self, numbers: Sequence[int]) -> tuple[PackedRow, list[SkippedSample | None]]:
+        """Lay samples by their numbers into one row; with why each of them is not in it, or None if it is.
 
         Raises:
-            SampleError: it cannot be used.
+            ShardError: a shard cannot be read.
         """
-        return self._builder.prepare(PlannedSample(0, number, 0), sample, None)
+        plan = RowPlan(row=0, step=None, samples=tuple(PlannedSample(0, number, 0) for number in numbers))
+        built = self._builder.build(plan)
+        return built.row, [outcome.skipped for outcome in built.outcomes]
 
 
 class HeldOutLoss:
-    """Mean loss over the supervised tokens of many samples, added a few at a time.
+    """Mean loss over the supervised tokens of many rows, added one at a time.
 
     Attributes:
         num_tokens: Supervised tokens so far.
@@ -71,22 +69,22 @@ class HeldOutLoss:
 
     def __init__(self, model: LlavaScaleForConditionalGeneration) -> None:
         self._model = model
-        self._sum = torch.zeros((), dtype=torch.float64)
+        self._sum = 0.0
         self.num_tokens = 0
 
     @property
     def value(self) -> float | None:
         """Nats per supervised token; None before the first."""
-        return float(self._sum) / self.num_tokens if self.num_tokens else None
+        return self._sum / self.num_tokens if self.num_tokens else None
 
     @torch.no_grad()
-    def add(self, samples: Sequence[PreparedSample]) -> None:
-        """Count samples, packed into rows in their order."""
-        for group in _filled(samples):
-            row = lay_out(group, step=None)
-            output = self._model(**row_inputs(row, device=self._model.device), num_items_in_batch=1)
-            self._sum += output.loss.double().cpu()
-            self.num_tokens += row.num_supervised
+    def add(self, row: PackedRow) -> None:
+        """Count the samples of a row."""
+        if not row.num_supervised:
+            return
+        output = self._model(**row_inputs(row, device=self._model.device), num_items_in_batch=1)
+        self._sum += float(output.loss)
+        self.num_tokens += row.num_supervised
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +124,7 @@ class CaptionRanking:
 
 def rank_captions(
     model: LlavaScaleForConditionalGeneration,
-    samples: Sequence[PreparedSample],
+    rows: Sequence[PackedRow],
     *,
     num_candidates: int,
     seed: int = 0,
@@ -138,7 +136,7 @@ def rank_captions(
 
     Args:
         model: In evaluation mode.
-        samples: Each with one answer, its caption. Equal captions count as one candidate.
+        rows: Each holds one sample, whose first answer is its caption. Equal captions count as one candidate.
         num_candidates: Captions to compare, own included: all there are, or the own one and a draw of the others.
         seed: Of the draw.
         on_progress: Called with the samples done and the samples in all.
@@ -146,21 +144,21 @@ def rank_captions(
     Raises:
         ValueError: fewer than two different captions.
     """
-    prompts, captions = zip(*(_split(sample) for sample in samples), strict=True)
+    captions = [split_caption(row)[1] for row in rows]
     distinct = sorted(set(captions), key=lambda caption: (len(caption), caption))
     if len(distinct) < 2 or num_candidates < 2:
         raise ValueError(f"ranking needs two different captions or more, got {min(len(distinct), num_candidates)}")
     mean_ranks, sum_ranks = [], []
-    for done, (sample, prompt, own) in enumerate(zip(samples, prompts, captions, strict=True)):
-        chosen = _candidates(distinct, own, num_candidates, random.Random(f"{seed}:{sample.key}"))
-        totals = caption_scores(model, prompt, sample, chosen)
+    for done, (row, own) in enumerate(zip(rows, captions, strict=True)):
+        chosen = _candidates(distinct, own, num_candidates, random.Random(f"{seed}:{row.keys[0]}"))
+        totals = caption_scores(model, row, chosen)
         own_place = chosen.index(own)
         sum_ranks.append(rank_of(totals, own_place))
         means = [total / len(caption) for total, caption in zip(totals, chosen, strict=True)]
         mean_ranks.append(rank_of(means, own_place))
-        on_progress(done + 1, len(samples))
+        on_progress(done + 1, len(rows))
     return CaptionRanking(
-        num_samples=len(samples),
+        num_samples=len(rows),
         num_candidates=min(num_candidates, len(distinct)),
         top1=top_k(mean_ranks, 1),
         top5=top_k(mean_ranks, 5),
@@ -171,16 +169,13 @@ def rank_captions(
 
 @torch.no_grad()
 def caption_scores(
-    model: LlavaScaleForConditionalGeneration,
-    prompt: Sequence[int],
-    sample: PreparedSample,
-    captions: Sequence[tuple[int, ...]],
+    model: LlavaScaleForConditionalGeneration, row: PackedRow, captions: Sequence[tuple[int, ...]]
 ) -> list[float]:
-    """Log-likelihood of each caption (token ids, end marker included) after the prompt and its pictures."""
-    pictures = sample.media.get("image")
+    """Log-likelihood of each caption (token ids, end marker included) after the prompt and pictures of ``row``."""
+    prompt, _ = split_caption(row)
     inputs: dict[str, Any] = {"input_ids": torch.tensor([prompt], device=model.device)}
-    if pictures:
-        inputs["pixel_values"] = torch.stack(pictures).to(model.device)
+    if row.pixel_values is not None:
+        inputs["pixel_values"] = row.pixel_values.to(model.device)
     start = model(**inputs, use_cache=True, logits_to_keep=1)
     first = start.logits[0, -1].float().log_softmax(-1)
     scores: list[float] = []
@@ -206,26 +201,12 @@ def _continued(model: LlavaScaleForConditionalGeneration, cache: Any, group: Seq
     return torch.where(is_token, chosen_BL, 0.0).sum(1)
 
 
-def _filled(samples: Sequence[PreparedSample]) -> list[list[PreparedSample]]:
-    """Samples in their order, as many together as fit in a row."""
-    groups: list[list[PreparedSample]] = []
-    room = 0
-    for sample in samples:
-        length = len(sample.input_ids)
-        if not groups or length > room:
-            groups.append([])
-            room = ROW_TOKENS
-        groups[-1].append(sample)
-        room -= length
-    return groups
-
-
-def _split(sample: PreparedSample) -> tuple[list[int], tuple[int, ...]]:
-    """Token ids of a sample's prompt, and of its first answer."""
-    supervised = (sample.labels != IGNORE_INDEX).tolist()
+def split_caption(row: PackedRow) -> tuple[list[int], tuple[int, ...]]:
+    """Token ids of the prompt of a row of one sample, and of its first answer."""
+    supervised = (row.labels != IGNORE_INDEX).tolist()
     start = supervised.index(True)
     end = next((place for place in range(start, len(supervised)) if not supervised[place]), len(supervised))
-    ids = sample.input_ids.tolist()
+    ids = row.input_ids.tolist()
     return ids[:start], tuple(ids[start:end])
 
 

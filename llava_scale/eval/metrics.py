@@ -10,7 +10,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,18 +97,35 @@ def exact_match(answer: str, gold: str) -> bool:
     return normalise_answer(answer) == normalise_answer(gold)
 
 
-def majority_matches(groups: Sequence[Hashable], golds: Sequence[str]) -> list[bool]:
-    """Which gold answers equal the most frequent one of their group (ties: the first in sorted order).
+def blind_matches(questions: Sequence[str], golds: Sequence[str], *, min_count: int = 20) -> list[bool]:
+    """Which answers a reader without eyes gets right by always giving the most frequent one to such a question.
 
-    With the question's text as the group, the share of these is what a model can reach at most that knows the answers'
-    frequencies and reads the question, but sees nothing.
+    "Such a question" is the very same one where at least ``min_count`` of ``questions`` ask it; else those that begin
+    with the same words, as many words as still leave ``min_count`` (all questions, if no word does). Answers of rare
+    questions would otherwise count as known: among questions that are each asked once, every answer is the most
+    frequent one. Frequencies come from ``golds`` themselves, so the share is a little too high, the more so the fewer
+    questions there are. Ties go to the first answer in sorted order.
     """
-    counts: defaultdict[Hashable, Counter[str]] = defaultdict(Counter)
+    counts: defaultdict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
     answers = [normalise_answer(gold) for gold in golds]
-    for group, answer in zip(groups, answers, strict=True):
-        counts[group][answer] += 1
-    best = {group: min(count, key=lambda text: (-count[text], text)) for group, count in counts.items()}
-    return [best[group] == answer for group, answer in zip(groups, answers, strict=True)]
+    beginnings = [_beginnings(question) for question in questions]
+    for prefixes, answer in zip(beginnings, answers, strict=True):
+        for prefix in prefixes:
+            counts[prefix][answer] += 1
+    large = {prefix: _most_frequent(count) for prefix, count in counts.items() if count.total() >= min_count}
+    large.setdefault((), _most_frequent(counts[()]))
+    guesses = [next(large[prefix] for prefix in prefixes if prefix in large) for prefixes in beginnings]
+    return [guess == answer for guess, answer in zip(guesses, answers, strict=True)]
+
+
+def _beginnings(question: str) -> list[tuple[str, ...]]:
+    """The whole question, then its first words, one fewer each time, down to none."""
+    words = tuple(normalise_answer(question).split())
+    return [(*words, "\n"), *(words[:length] for length in range(len(words), -1, -1))]
+
+
+def _most_frequent(count: Counter[str]) -> str:
+    return min(count, key=lambda text: (-count[text], text), default="")
 
 
 def rank_of(scores: Sequence[float], own: int) -> int:

@@ -65,8 +65,8 @@ class EvalResult:
         num_supervised: Supervised tokens.
         exact_match: Per modality, and ``overall``.
         by_task: Exact match per task of the samples.
-        blind: Per modality with media: exact match of always giving the most frequent true answer to the same
-            question, counted on this very data.
+        blind: Per modality with media: exact match of always giving the most frequent true answer to such questions,
+            counted on this very data (see ``metrics.blind_matches``).
         blind_by_task: The same per task.
         blind_model: Per modality with pictures: exact match of this model with every picture replaced by a plain one.
         blind_model_by_task: The same per task.

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from llava_scale.errors import ConfigError, SampleError
-from llava_scale.eval.likelihood import CaptionRanking, HeldOutLoss, Preparer, rank_captions
-from llava_scale.eval.metrics import Share, exact_match, majority_matches, normalise_answer, share_of
+from llava_scale.eval.likelihood import CaptionRanking, HeldOutLoss, RowMaker, rank_captions
+from llava_scale.eval.metrics import Share, blind_matches, exact_match, share_of
 from llava_scale.eval.result import EvalResult, Example, thumbnail
 from llava_scale.eval.tasks import MODALITIES, BlindGenerate, Generate, Question, questions_of
 from llava_scale.types import SkippedSample
 
 if TYPE_CHECKING:
-    from llava_scale.data.collate import PreparedSample
     from llava_scale.data.dataset import ShardedDataset
     from llava_scale.model import LlavaScaleForConditionalGeneration, LlavaScaleProcessor
     from llava_scale.types import Sample
@@ -28,6 +27,7 @@ OnProgress = Callable[[str, int, int], None]
 """Called with the part of the evaluation, what is done of it, and all of it."""
 
 _CHUNK = 256  # samples read, scored and asked together
+_ROW_SAMPLES = 16  # samples whose loss is computed together
 _UNLIMITED = 1 << 30
 
 
@@ -115,11 +115,6 @@ class _Answered:
     def correct(self) -> bool:
         return exact_match(self.answer, self.question.gold)
 
-    @property
-    def group(self) -> tuple[str, str]:
-        """What a reader without eyes could tell questions apart by."""
-        return self.modality, normalise_answer(self.question.text)
-
 
 @dataclass(slots=True)
 class _Evaluation:
@@ -131,17 +126,17 @@ class _Evaluation:
     on_progress: OnProgress
     answered: list[_Answered] = field(default_factory=list)
     skipped: list[SkippedSample] = field(default_factory=list)
-    captions: list[PreparedSample] = field(default_factory=list)
+    captioned: list[int] = field(default_factory=list)
     num_samples: int = 0
     loss: HeldOutLoss = field(init=False)
-    preparer: Preparer = field(init=False)
+    rows: RowMaker = field(init=False)
     blind: BlindGenerate = field(init=False)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def __post_init__(self) -> None:
         self.loss = HeldOutLoss(self.model)
         limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
-        self.preparer = Preparer(self.dataset, self.processor, max_length=limit or _UNLIMITED)
+        self.rows = RowMaker(self.dataset, self.processor, max_length=limit or _UNLIMITED)
         transform = self.processor.image_transform
         self.blind = BlindGenerate(self.generate, colour=transform.background, size=transform.size)
 
@@ -163,27 +158,23 @@ class _Evaluation:
             )
 
     def _usable(self, numbers: Sequence[int]) -> list[tuple[int, Sample]]:
-        """Read samples, add their loss, and return those that the model can take."""
-        usable, prepared = [], []
+        """Add the loss of samples, and return those that the model can take."""
+        reasons: list[SkippedSample | None] = []
         with self._timed("loss"):
-            for number, sample in zip(numbers, self.dataset.samples(numbers), strict=True):
-                try:
-                    if isinstance(sample, SampleError):
-                        raise sample
-                    ready = self.preparer.prepare(number, sample)
-                except SampleError as error:
-                    self._skip(number, error)
-                    continue
-                usable.append((number, sample))
-                prepared.append(ready)
-                if self.settings.ranking and self._is_caption(sample):
-                    self.captions.append(ready)
-            self.loss.add(prepared)
-            self.num_samples += len(usable)
+            for start in range(0, len(numbers), _ROW_SAMPLES):
+                row, skipped = self.rows.row(numbers[start : start + _ROW_SAMPLES])
+                self.loss.add(row)
+                reasons += skipped
+        self.skipped += [reason for reason in reasons if reason is not None]
+        kept = [number for number, reason in zip(numbers, reasons, strict=True) if reason is None]
+        self.num_samples += len(kept)
+        usable = []
+        for number, sample in zip(kept, self.dataset.samples(kept), strict=True):
+            assert not isinstance(sample, SampleError)  # it is in a row already
+            usable.append((number, sample))
+            if sample.media.get("image") and sample.extra.get("task") == self.settings.ranking_task:
+                self.captioned.append(number)
         return usable
-
-    def _is_caption(self, sample: Sample) -> bool:
-        return bool(sample.media.get("image")) and sample.extra.get("task") == self.settings.ranking_task
 
     def _ask(self, questions: Sequence[Question]) -> None:
         with self._timed("answers"):
@@ -212,7 +203,7 @@ class _Evaluation:
             try:
                 return rank_captions(
                     self.model,
-                    self.captions,
+                    [self.rows.row([number])[0] for number in self.captioned],
                     num_candidates=self.settings.ranking,
                     seed=self.settings.seed,
                     on_progress=lambda done, total: self.on_progress("ranking", done, total),
@@ -220,7 +211,7 @@ class _Evaluation:
             except ValueError:
                 found = sorted({item.question.task or "(none)" for item in self.answered})
                 raise ConfigError(
-                    f"ranking needs two different captions or more, but {len(self.captions)} samples with pictures "
+                    f"ranking needs two different captions or more, but {len(self.captioned)} samples with pictures "
                     f"have the task {task!r}; tasks here: {', '.join(found)} (choose with --ranking-task)"
                 ) from None
 
@@ -230,8 +221,7 @@ class _Evaluation:
         modalities = [item.modality for item in self.answered]
         correct = {place: item.correct for place, item in enumerate(self.answered)}
         seen = {place: item for place, item in enumerate(self.answered) if item.modality != "text"}
-        golds = [item.question.gold for item in seen.values()]
-        majority = dict(zip(seen, majority_matches([item.group for item in seen.values()], golds), strict=True))
+        majority = _blind(seen)
         guessed = {
             place: exact_match(item.blind_answer, item.question.gold)
             for place, item in seen.items()
@@ -302,6 +292,17 @@ def choose_examples(correct: Sequence[bool], number: int) -> list[int]:
     taken = [wrong[place] for place in spread(len(wrong), num_wrong)] if num_wrong else []
     taken += [right[place] for place in spread(len(right), num_right)] if num_right else []
     return sorted(taken)
+
+
+def _blind(answered: dict[int, _Answered]) -> dict[int, bool]:
+    """Which answers are the most frequent ones to such questions, counted in each modality by itself."""
+    outcomes: dict[int, bool] = {}
+    for modality in MODALITIES:
+        members = {place: item.question for place, item in answered.items() if item.modality == modality}
+        questions = [question.text for question in members.values()]
+        golds = [question.gold for question in members.values()]
+        outcomes.update(zip(members, blind_matches(questions, golds), strict=True))
+    return outcomes
 
 
 def _shares(outcomes: dict[int, bool], groups: Sequence[str], order: Sequence[str] = ()) -> dict[str, Share]:

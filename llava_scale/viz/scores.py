@@ -91,7 +91,7 @@ def scores_section(named: Sequence[tuple[str, dict[str, Any]]]) -> str:
     if any(result.get("blind") for _, result in named):
         legend += (
             '<span><i><span class="tick" style="left:11px"></span></i>'
-            "blind: most frequent answer to the same question</span>"
+            "blind: most frequent answer to such a question</span>"
         )
     if any(result.get("blind_model") for _, result in named):
         legend += '<span><i><span class="tick model" style="left:11px"></span></i>this model with blank pictures</span>'

@@ -3,65 +3,65 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llava_scale.data.collate import lay_out
-from llava_scale.eval.likelihood import HeldOutLoss, Preparer, _split, caption_scores, rank_captions
+from llava_scale.eval.likelihood import HeldOutLoss, RowMaker, caption_scores, rank_captions, split_caption
 from llava_scale.model import row_inputs
 
 
-@pytest.fixture
-def prepared(tiny, dataset):
-    preparer = Preparer(dataset, tiny[1], max_length=4096)
-    return [preparer.prepare(i, dataset.sample(i)) for i in range(len(dataset))]
+@pytest.fixture(scope="module")
+def maker(tiny, dataset):
+    return RowMaker(dataset, tiny[1], max_length=4096)
 
 
-def test_the_loss_is_that_of_the_samples_one_by_one(tiny, prepared):
+@pytest.fixture(scope="module")
+def rows(maker, dataset):
+    return [maker.row([number])[0] for number in range(len(dataset))]
+
+
+def test_the_loss_is_that_of_the_samples_one_by_one(tiny, maker, rows):
     model = tiny[0]
     loss = HeldOutLoss(model)
     assert loss.value is None
-    loss.add(prepared[:10])
-    loss.add(prepared[10:20])
+    loss.add(maker.row(range(10))[0])
+    loss.add(maker.row(range(10, 20))[0])
     total = num_tokens = 0.0
-    for sample in prepared[:20]:
-        row = lay_out([sample], step=None)
+    for row in rows[:20]:
         total += float(model(**row_inputs(row), num_items_in_batch=1).loss)
         num_tokens += row.num_supervised
     assert loss.num_tokens == num_tokens
     assert loss.value == pytest.approx(total / num_tokens, rel=1e-5)
 
 
-def test_caption_scores_are_those_of_whole_samples(tiny, prepared):
+def test_caption_scores_are_those_of_whole_samples(tiny, rows):
     model = tiny[0]
-    captioned = prepared[24:]
-    prompt, _ = _split(captioned[0])
-    captions = sorted({_split(sample)[1] for sample in captioned}, key=lambda caption: (len(caption), caption))
+    captioned = rows[24:]
+    prompt, _ = split_caption(captioned[0])
+    captions = sorted({split_caption(row)[1] for row in captioned}, key=lambda caption: (len(caption), caption))
     captions = [captions[0][:1], captions[1][:3], *captions]
-    scores = caption_scores(model, prompt, captioned[0], captions)
+    scores = caption_scores(model, captioned[0], captions)
     for caption, score in zip(captions, scores, strict=True):
         ids = torch.tensor([[*prompt, *caption]])
-        pixels = torch.stack(captioned[0].media["image"])
         with torch.no_grad():
-            logits = model(input_ids=ids, pixel_values=pixels).logits[0].log_softmax(-1)
+            logits = model(input_ids=ids, pixel_values=captioned[0].pixel_values).logits[0].log_softmax(-1)
         expected = sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(caption))
         assert score == pytest.approx(expected, rel=1e-4)
 
 
-def test_groups_of_captions_change_no_score(tiny, prepared, monkeypatch):
-    captioned = prepared[24:]
-    prompt, _ = _split(captioned[0])
-    captions = sorted((_split(sample)[1] for sample in captioned), key=lambda caption: (len(caption), caption))
-    together = caption_scores(tiny[0], prompt, captioned[0], captions)
+def test_groups_of_captions_change_no_score(tiny, rows, monkeypatch):
+    captioned = rows[24:]
+    captions = sorted((split_caption(row)[1] for row in captioned), key=lambda caption: (len(caption), caption))
+    together = caption_scores(tiny[0], captioned[0], captions)
     monkeypatch.setattr("llava_scale.eval.likelihood._MOST_SCORES", 1)
-    assert caption_scores(tiny[0], prompt, captioned[0], captions) == pytest.approx(together, rel=1e-5)
+    assert caption_scores(tiny[0], captioned[0], captions) == pytest.approx(together, rel=1e-5)
 
 
-def test_ranking_counts_own_captions_that_are_likeliest(tiny, prepared, monkeypatch):
-    captioned = prepared[24:]
-    own = {_split(sample)[1]: sample for sample in captioned}
+def test_ranking_counts_own_captions_that_are_likeliest(tiny, rows, monkeypatch):
+    captioned = rows[24:]
+    own = {split_caption(row)[1]: row for row in captioned}
     assert len(own) == 8
 
-    def likes_own_of_first_six(model, prompt, sample, captions):
-        liked = sample in captioned[:6]
-        return [(-1.0 if own[caption] is sample else -2.0) * (1 if liked else -1) for caption in captions]
+    def likes_own_of_first_six(model, row, captions):
+        liked = any(row is other for other in captioned[:6])
+        return [(-1.0 if own[caption] is row else -2.0) * (1 if liked else -1) for caption in captions]
 
     monkeypatch.setattr("llava_scale.eval.likelihood.caption_scores", likes_own_of_first_six)
     ranking = rank_captions(tiny[0], captioned, num_candidates=100)
@@ -71,8 +71,8 @@ def test_ranking_counts_own_captions_that_are_likeliest(tiny, prepared, monkeypa
     assert rank_captions(tiny[0], captioned, num_candidates=3).chance(5) == 1.0
 
 
-def test_equal_captions_are_one_candidate(tiny, prepared):
-    same = [prepared[24], prepared[24], prepared[25]]
+def test_equal_captions_are_one_candidate(tiny, rows):
+    same = [rows[24], rows[24], rows[25]]
     assert rank_captions(tiny[0], same, num_candidates=10).num_candidates == 2
     with pytest.raises(ValueError, match="two different captions"):
         rank_captions(tiny[0], same[:2], num_candidates=10)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from llava_scale.eval.metrics import (
     Share,
+    blind_matches,
     exact_match,
-    majority_matches,
     normalise_answer,
     rank_of,
     share_of,
@@ -79,10 +79,26 @@ def test_shares_count_true_outcomes():
     assert share_of([]).value == 0.0
 
 
-def test_majority_answers_are_per_group_and_ties_go_to_the_first_in_order():
-    groups = ["colour", "colour", "colour", "count", "count"]
+def test_blind_answers_are_the_most_frequent_ones_to_the_same_question():
+    questions = ["What color?", "what color", "what color?", "How many?", "How many?"]
     golds = ["Red", "red.", "blue", "two", "one"]
-    assert majority_matches(groups, golds) == [True, True, False, False, True]
+    assert blind_matches(questions, golds, min_count=2) == [True, True, False, False, True]
+
+
+def test_a_rare_question_is_guessed_from_those_that_begin_alike():
+    questions = ["is there a red star", "is there a red cross", "is there a blue star", "is there", "where is it"]
+    golds = ["no", "no", "yes", "yes", "left"]
+    assert blind_matches(questions, golds, min_count=2) == [True, True, False, False, False]
+
+
+def test_asking_each_question_once_gives_no_answers_away():
+    questions = [f"what is behind object {i}?" for i in range(100)]
+    golds = [f"object {i % 50}" for i in range(100)]
+    assert sum(blind_matches(questions, golds)) == 2
+
+
+def test_blind_scores_of_no_questions_are_empty():
+    assert blind_matches([], []) == []
 
 
 def test_ranks_count_ties_and_nan_against_the_own_entry():
