@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _ARRIVAL_BITS = 40
 _ARRIVAL_MASK = (1 << _ARRIVAL_BITS) - 1
-_LEFT_FOR_THE_END = 2.5  # mean lengths kept free for the search that finishes a row; measured best of 2 to 4
+_LEFT_FOR_THE_END = 2.0  # mean lengths kept free for the search that finishes a row; filled best of 1.5 to 4.5
 _MAX_SHORTEST = 3  # shortest samples tried before the last one or two
 _TOLERANCE = 1 / 1000  # of a row; closer is not searched for
 

@@ -243,6 +243,19 @@ def test_an_interrupt_ends_the_program_at_once(tmp_path, worker_type):
     assert "Fatal" not in errors
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options", [{"num_workers": 0}, {"num_workers": 2}, {"num_workers": 2, "worker_type": "process"}]
+)
+def test_rows_for_a_device_lie_in_page_locked_memory(tmp_path, options):
+    folder = write(tmp_path / "shards", 40)
+    with shard_stream(folder, tmp_path, pin_memory=True, **options) as stream:
+        row = take(stream, 1)[0].rows[0]
+    assert row.input_ids.is_pinned()
+    assert row.pixel_values.is_pinned()
+    assert torch.equal(row.to("cuda").pixel_values.cpu(), row.pixel_values)
+
+
 def test_two_streams_run_side_by_side(tmp_path):
     folder = write(tmp_path / "shards", 40)
     with (
