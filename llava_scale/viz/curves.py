@@ -19,6 +19,7 @@ COLOURS = ("#2563eb", "#e0662b", "#129070", "#a13fc0", "#c31d4b", "#7a6a12", "#0
 
 _STYLES = ("-", "--", ":", "-.")
 _SMOOTH_FROM = 40
+_COUNTS = ("eval/tokens", "eval/samples", "eval/seconds")  # of the evaluation itself, no scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +60,7 @@ def panels_of(runs: Sequence[RunRecord]) -> list[Panel]:
     scores = [
         Panel(key=key, title=f"Held-out {key.removeprefix('eval/').replace('_', ' ')}", unit="score")
         for key in logged
-        if key.startswith("eval/") and key not in known
+        if key.startswith("eval/") and key not in known and key not in _COUNTS
     ]
     ordered = [*PANELS[:2], *scores, *PANELS[2:]]
     return [panel for panel in ordered if panel.key in logged]

@@ -61,7 +61,7 @@ summary{cursor:pointer;color:var(--accent);font-size:.9rem}
 background:#eceef2;border-radius:3px}
 .answer{display:flex;flex-direction:column;gap:8px;padding:14px}
 .answer .pictures{display:flex;flex-wrap:wrap;gap:6px}
-.answer .pictures img{max-width:100%;height:132px;object-fit:contain;border:1px solid var(--line);border-radius:6px;
+.answer .pictures img{max-width:100%;height:112px;object-fit:contain;border:1px solid var(--line);border-radius:6px;
 background:#fff}
 .answer dl{margin:0;display:grid;grid-template-columns:58px 1fr;gap:3px 10px;font-size:.9rem}
 .answer dt{color:var(--soft);font-size:.8rem;padding-top:2px}

@@ -110,7 +110,7 @@ def answers_section(result: dict[str, Any], folder: Path | None, *, title: str =
     if isinstance(overall, dict) and overall.get("total"):
         missed = overall["total"] - overall["correct"]
         note += f", out of {missed:,} wrong and {overall['correct']:,} right ones"
-    note += ". Wrong ones are shown more often than they happen."
+    note += "; chosen to show both kinds."
     cards = "\n".join(_card(example, folder) for example in examples)
     return section(title, f'<div class="grid" style="--min:270px">{cards}</div>', note=note)
 
