@@ -130,10 +130,10 @@ def measure_start(folder: Path, args: argparse.Namespace) -> tuple[dict[str, flo
     start = time.perf_counter()
     stream = open_simulated(folder, args)
     opened = time.perf_counter()
-    next(stream._planner(PlanState.start(1)).steps())
+    next(stream.plan.planner(PlanState.start(1)).steps())
     planned = time.perf_counter()
     deep = PlanState(10**6, 3, (int(3.37 * args.samples),), (int(3.37 * args.samples),))
-    next(stream._planner(deep).steps())
+    next(stream.plan.planner(deep).steps())
     figures = {
         "open, s": opened - start,
         "plan of the first step (lengths measured), s": planned - opened,
@@ -145,9 +145,9 @@ def measure_start(folder: Path, args: argparse.Namespace) -> tuple[dict[str, flo
 
 def measure_planning(stream: StreamingLoader, args: argparse.Namespace, num_steps: int = 40) -> dict[str, float]:
     """Speed of planning, fill, and how evenly steps load ranks and workers."""
-    steps = [plan for plan, _ in zip(stream._planner(PlanState.start(1)).steps(), range(num_steps), strict=False)]
+    steps = [plan for plan, _ in zip(stream.plan.planner(PlanState.start(1)).steps(), range(num_steps), strict=False)]
     start = time.process_time()
-    for _ in zip(stream._planner(PlanState.start(1)).steps(), range(num_steps), strict=False):
+    for _ in zip(stream.plan.planner(PlanState.start(1)).steps(), range(num_steps), strict=False):
         pass
     seconds = time.process_time() - start
     samples = np.array([[len(row.samples) for row in plan.rows] for plan in steps])

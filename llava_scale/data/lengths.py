@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import struct
+import threading
 import zlib
 from collections import OrderedDict
 from contextlib import ExitStack
@@ -69,7 +70,7 @@ def by_shard(dataset: ShardedDataset, numbers: IntArray) -> list[ShardGroup]:
 
 
 class TextLengths:
-    """Tokens of the text of every sample of a data set, media not counted.
+    """Tokens of the text of every sample of a data set, media not counted. Thread-safe.
 
     Args:
         dataset: Samples to measure.
@@ -84,9 +85,14 @@ class TextLengths:
         self._folder = cache_folder(cache_dir) / "lengths" / _digest(encoder.fingerprint())
         self._tables: OrderedDict[int, NDArray[np.int32]] = OrderedDict()
         self._writable = True
+        self._guard = threading.Lock()
 
     def of(self, numbers: IntArray) -> IntArray:
         """Tokens of the text of each of ``numbers``; ``UNREADABLE`` where the record cannot be used."""
+        with self._guard:
+            return self._of(numbers)
+
+    def _of(self, numbers: IntArray) -> IntArray:
         lengths = np.empty(len(numbers), dtype=np.int64)
         groups = _rotated(by_shard(self._dataset, numbers))
         for ahead in groups[:_SHARDS_AHEAD]:

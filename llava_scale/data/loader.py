@@ -9,26 +9,20 @@ import weakref
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from llava_scale.data.budget import ErrorBudget
 from llava_scale.data.collate import MediaTransform, RowBuilder
-from llava_scale.data.cursor import Cursor
 from llava_scale.data.dataset import open_dataset
-from llava_scale.data.estimate import count_samples, estimate_steps
-from llava_scale.data.lengths import TextLengths
-from llava_scale.data.order import Order, mix
-from llava_scale.data.packing import CountPool, TokenPool
-from llava_scale.data.planner import Planner, PlanRules, PlanState, RowPlan, StepPlan
+from llava_scale.data.planner import Planner, PlanState, RowPlan, StepPlan
 from llava_scale.data.state import decode_state, encode_state
+from llava_scale.data.stream_plan import Split, StreamPlan
 from llava_scale.data.workers import make_workers
 from llava_scale.errors import ConfigError
-from llava_scale.types import MediaInfo, MediaKind, StepBatch
+from llava_scale.types import MediaKind, StepBatch
 
 if TYPE_CHECKING:
     from llava_scale.config.data import DataConfig
@@ -37,12 +31,6 @@ if TYPE_CHECKING:
     from llava_scale.data.dataset import ShardedDataset
     from llava_scale.data.workers import Workers
     from llava_scale.types import MediaTokenCounter
-
-Split = Literal["train", "eval"]
-
-_PLANNED_EXACTLY = 20_000
-"""Samples up to which ``steps_per_epoch`` plans a whole epoch."""
-_EVAL_SEED = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +121,9 @@ class StreamingLoader:
         transforms: Per kind of media the way from encoded bytes to a tensor.
 
     The other arguments are those of ``open_stream``.
+
+    Attributes:
+        plan: Which samples make which row.
     """
 
     def __init__(
@@ -159,14 +150,19 @@ class StreamingLoader:
         _check_names(datasets)
         self._datasets = list(datasets)
         self._config = config
-        self._seed = seed if split == "train" else _EVAL_SEED
-        self._split: Split = split
-        self._rows_per_step = rows_per_step
         self._rank = rank
         self._rows_per_rank = rows_per_step // world_size
-        self._counter = counter
-        self._encoder = encoder
         self._pin_memory = pin_memory
+        self.plan = StreamPlan(
+            datasets=self._datasets,
+            config=config,
+            split=split,
+            run_seed=seed,
+            rows_per_step=rows_per_step,
+            encoder=encoder,
+            counter=counter,
+            kinds=frozenset(transforms),
+        )
         self._builder = RowBuilder(
             datasets=self._datasets,
             encoder=encoder,
@@ -175,7 +171,6 @@ class StreamingLoader:
             row_length=config.packing.row_length,
             truncate=config.truncate == "text",
         )
-        self._lengths = [TextLengths(dataset, encoder, cache_dir=config.cache_dir) for dataset in self._datasets]
         self._budget = ErrorBudget(config.max_bad_fraction, config.max_bad_in_a_row, skipped_log)
         self._skipped = [0] * len(self._datasets)
         self._truncated = [0] * len(self._datasets)
@@ -195,7 +190,7 @@ class StreamingLoader:
 
     def __iter__(self) -> Iterator[StepBatch]:
         self._end_iteration()
-        if self._split == "eval" and not self._was_loaded:
+        if self.plan.split == "eval" and not self._was_loaded:
             self._set_state(PlanState.start(len(self._datasets)))
         self._was_loaded = False
         batches = self._batches()
@@ -214,7 +209,7 @@ class StreamingLoader:
 
         Rows prepared ahead do not count.
         """
-        return encode_state(self._current_state(), self.fingerprint)
+        return encode_state(self._current_state(), self.plan.fingerprint)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue behind the batch after which ``state`` was taken, at this or another number of ranks and workers.
@@ -222,35 +217,10 @@ class StreamingLoader:
         Raises:
             CheckpointError: the state is damaged, or belongs to other data, settings or token counts.
         """
-        loaded = decode_state(state, self.fingerprint)
+        loaded = decode_state(state, self.plan.fingerprint)
         self._end_iteration()
         self._set_state(loaded)
         self._was_loaded = True
-
-    @cached_property
-    def fingerprint(self) -> dict[str, Any]:
-        """Everything that the sequence of rows depends on, besides the position in it."""
-        config, packing = self._config, self._config.packing
-        rows: dict[str, Any] = {"samples_per_row": packing.samples_per_row}
-        if packing.mode == "tokens":
-            rows = {"lookahead_rows": packing.lookahead_rows}
-        order: dict[str, Any] = {"shuffle": False}
-        if config.shuffle:
-            order = {"block_size": config.block_size, "shuffle_blocks": config.shuffle_blocks}
-        return {
-            "data sets": [_short(dataset.fingerprint()) for dataset in self._datasets],
-            "weights": [source.weight for source in config.sources] if self._split == "train" else [],
-            "split": self._split,
-            "holdout": config.holdout,
-            "seed": self._seed,
-            "rows_per_step": self._rows_per_step,
-            "row_length": packing.row_length,
-            "truncate": config.truncate,
-            "encoder": _short(self._encoder.fingerprint()),
-            "token counts": _short(self._counter.fingerprint()),
-            **rows,
-            **order,
-        }
 
     @property
     def num_samples(self) -> int:
@@ -258,7 +228,7 @@ class StreamingLoader:
 
         With ``holdout`` and more than a thousand shards in a data set it is extrapolated from some of them.
         """
-        return sum(count_samples(cursor) for cursor in self._cursors())
+        return self.plan.num_samples
 
     @property
     def counters(self) -> dict[str, SourceCounters]:
@@ -278,23 +248,10 @@ class StreamingLoader:
         Exact (planned on lengths) up to 20,000 samples and where rows have a fixed number of samples; beyond that
         estimated from the lengths of a spread of samples.
         """
-        packing = self._config.packing
-        if packing.mode == "samples":
-            rows = -(-self.num_samples // packing.samples_per_row)
-            return -(-rows // self._rows_per_step)
-        size = sum(len(dataset) for dataset in self._datasets)
-        if size > _PLANNED_EXACTLY:
-            weights = [source.weight for source in self._config.sources] if self._split == "train" else None
-            return estimate_steps(self._cursors(), weights, self._rules(), num_samples=self.num_samples)
-        last = 0
-        for plan in self._planner(PlanState.start(len(self._datasets))).steps():
-            last = plan.step + 1
-            if plan.epoch > 0 or (self._split == "train" and not plan.waiting and sum(plan.positions) >= size):
-                break
-        return last
+        return self.plan.steps_per_epoch()
 
     def _batches(self) -> Generator[StepBatch, None, None]:
-        planner = self._planner(self._current_state())
+        planner = self.plan.planner(self._current_state())
         finished: deque[StepPlan] = deque()
         rows = self._open_workers().run(_rows_of_rank(planner, finished, self._rank, self._rows_per_rank))
         try:
@@ -339,54 +296,6 @@ class StreamingLoader:
         self._state = state
         self._consumed = None
 
-    def _planner(self, state: PlanState) -> Planner:
-        packing = self._config.packing
-        by_tokens = packing.mode == "tokens"
-        weights = [source.weight for source in self._config.sources] if self._split == "train" else None
-        pool = (
-            TokenPool(packing.row_length, packing.lookahead_rows) if by_tokens else CountPool(packing.samples_per_row)
-        )
-        return Planner(self._cursors(), weights, pool, self._rules(), state)
-
-    def _cursors(self) -> list[Cursor]:
-        config = self._config
-        by_tokens = config.packing.mode == "tokens"
-        cursors = []
-        for source, (dataset, lengths) in enumerate(zip(self._datasets, self._lengths, strict=True)):
-            order = Order(
-                len(dataset),
-                mix(self._seed, source),
-                config.block_size,
-                config.shuffle_blocks,
-                config.shuffle,
-            )
-            cursors.append(
-                Cursor(
-                    source,
-                    dataset,
-                    order,
-                    lengths if by_tokens else None,
-                    held_out=config.holdout,
-                    part=self._split,
-                    limit=len(dataset) if self._split == "eval" else None,
-                )
-            )
-        return cursors
-
-    def _rules(self) -> PlanRules:
-        config = self._config
-        return PlanRules(
-            rows_per_step=self._rows_per_step,
-            row_length=config.packing.row_length if config.packing.mode == "tokens" else None,
-            truncate=config.truncate == "text",
-            count=self._count_tokens,
-            kinds=frozenset(self._builder.transforms),
-            max_rejected=config.max_bad_in_a_row,
-        )
-
-    def _count_tokens(self, info: MediaInfo, step: int | None) -> int:
-        return self._counter.count(info, step=step).num_tokens
-
 
 def _check_names(datasets: Sequence[ShardedDataset]) -> None:
     paths: dict[str, str] = {}
@@ -405,7 +314,3 @@ def _rows_of_rank(
     for plan in planner.steps():
         finished.append(plan)
         yield from plan.rows[rank * rows_per_rank : (rank + 1) * rows_per_rank]
-
-
-def _short(fingerprint: str) -> str:
-    return blake2b(fingerprint.encode(), digest_size=8).hexdigest()

@@ -301,7 +301,7 @@ def test_steps_per_epoch_is_estimated_well_for_large_data(cache, monkeypatch):
     for counter in (RampCounter(6), RampCounter(30, -1)):
         stream = memory_stream([dataset], cache, lookahead_rows=32, counter=counter)
         exact = stream.steps_per_epoch()
-        monkeypatch.setattr("llava_scale.data.loader._PLANNED_EXACTLY", 0)
+        monkeypatch.setattr("llava_scale.data.stream_plan._PLANNED_EXACTLY", 0)
         assert stream.steps_per_epoch() == pytest.approx(exact, rel=0.03)
         monkeypatch.undo()
 
