@@ -93,10 +93,8 @@ def text_pieces(ids: Iterator[int], decode: Callable[[Sequence[int]], str], end_
         if token_id in end_ids:
             break
         seen.append(token_id)
-        text = decode(seen).lstrip()
-        if text.endswith(_UNFINISHED):
-            continue
-        ready = text.rstrip()
+        # only the last character can still change: what stands before it is whole, or will never be
+        ready = decode(seen).lstrip().removesuffix(_UNFINISHED).rstrip()
         if len(ready) > given:
             yield ready[given:]
             given = len(ready)

@@ -1,8 +1,15 @@
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import os
+import pty
+import select
+import subprocess
+import sys
 import tarfile
+import termios
 
 import pytest
 from PIL import Image
@@ -183,3 +190,41 @@ def test_wrong_places_are_refused_with_what_to_do(checkpoint, tmp_path, picture)
         invoke("chat", checkpoint, "hi", "--image", tmp_path / "none.png")
     with pytest.raises(ConfigError, match="top_p has no effect"):
         invoke("chat", checkpoint, "hi", "--top-p", 0.5)
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_real_terminal_stops_the_answer_only(checkpoint):
+    command = [sys.executable, "-c", "from llava_scale.cli import main; main()", "chat", str(checkpoint)]
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*command, "--max-new-tokens", "4000"], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(theirs)
+    try:
+        read_until(ours, b"> ")
+        os.write(ours, b"hello\n")
+        read_until(ours, b"hello\r\n")
+        read_more(ours)
+        os.write(ours, b"\x03")
+        assert b"(stopped)" in read_until(ours, b"> ")
+        os.write(ours, b"/help\n")
+        assert b"Ctrl-C stops an answer." in read_until(ours, b"> ")
+        os.write(ours, b"\x04")
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        os.close(ours)
+
+
+def read_more(terminal: int) -> bytes:
+    ready, _, _ = select.select([terminal], [], [], 120)
+    assert ready, "nothing came within two minutes"
+    return os.read(terminal, 4096)
+
+
+def read_until(terminal: int, mark: bytes) -> bytes:
+    seen = b""
+    while mark not in seen:
+        seen += read_more(terminal)
+    return seen

@@ -24,3 +24,9 @@ def test_a_character_cut_short_by_the_end_is_not_lost():
 
 def test_nothing_follows_an_end():
     assert "".join(text_pieces(iter(b"yes\x00no"), decode, (0,))) == "yes"
+
+
+def test_bytes_that_never_become_a_character_do_not_hold_up_the_rest():
+    stream = text_pieces(iter(b"\xff\xff\xffok"), decode, ())
+    assert next(stream) == "\ufffd"
+    assert "".join(stream) == "\ufffd\ufffdok"
