@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-PROMPT = "Describe the picture."
+STYLE = "A red car.\nA dog.\nA pair of shoes."
+"""System turn of every sample: what descriptions look like. It costs 15 tokens and saves the projector from having to
+learn their style; without any picture it takes the language model from 6.0 to 3.8 nats a token (see README)."""
 HELD_OUT_SHARE = 0.15
 """Share of the groups of stamps that is held out."""
 MAX_ANGLE = 12.0
@@ -122,7 +124,8 @@ def _save(target: Path, stamp: Stamp, view: str, picture: Image.Image) -> dict[s
         "id": name,
         "image": f"pictures/{name}.jpg",
         "conversations": [
-            {"from": "human", "value": f"<image>\n{PROMPT}"},
+            {"from": "system", "value": STYLE},
+            {"from": "human", "value": "<image>"},
             {"from": "gpt", "value": stamp.description},
         ],
         "task": "caption",

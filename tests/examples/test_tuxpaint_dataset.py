@@ -34,10 +34,11 @@ def test_the_json_has_every_view_of_training_stamps_and_one_of_held_out_ones(roo
     assert built.num_pictures + built.num_held_out == len(WORDS)
     assert len(train) == built.num_train == 3 * built.num_pictures
     assert len(held_out) == built.num_held_out > 0
-    captions = [{record["conversations"][1]["value"] for record in part} for part in (train, held_out)]
+    captions = [{record["conversations"][-1]["value"] for record in part} for part in (train, held_out)]
     assert not captions[0] & captions[1]
     for record in train + held_out:
-        assert record["conversations"][0]["value"].startswith("<image>\n")
+        assert [turn["from"] for turn in record["conversations"]] == ["system", "human", "gpt"]
+        assert record["conversations"][1]["value"] == "<image>"
         with Image.open(tmp_path / "out" / record["image"]) as picture:
             assert (picture.mode, picture.size) == ("RGB", (CANVAS, CANVAS))
 
