@@ -22,7 +22,7 @@ def toy(
     """Make a synthetic data set in LLaVA's format: coloured shapes and questions that need the picture."""
     from rich.console import Console
 
-    from llava_scale.data.toy import write_toy
+    from llava_scale.data.toy.samples import write_toy
 
     result = write_toy(out, num_samples=num_samples, num_test=num_test, seed=seed)
     Console().print(

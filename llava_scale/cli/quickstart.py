@@ -1,12 +1,205 @@
-"""Commands: quickstart."""
+"""``llava-scale quickstart``: the main job from nothing to an answered question, on synthetic data."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import hashlib
+import json
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 if TYPE_CHECKING:
-    import typer
+    from collections.abc import Callable, Sequence
+
+    from llava_scale.config import Config
+
+RECIPE = Path(__file__).with_name("quickstart.yaml")
+_NUM_SHOWN = 6
 
 
 def register(app: typer.Typer) -> None:
-    """Add this module's commands to ``app``."""
+    """Add ``quickstart`` to ``app``."""
+    app.command()(quickstart)
+
+
+def quickstart(
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that win.")] = None,
+    out: Annotated[Path, typer.Option(help="Run folder; what is there already is used again.")] = Path(
+        "runs/quickstart"
+    ),
+    num_samples: Annotated[int, typer.Option(min=1, help="Training samples.")] = 6000,
+    num_test: Annotated[int, typer.Option(min=1, help="Test samples.")] = 500,
+) -> None:
+    """Make synthetic data, pack it, train, evaluate on held-out pictures, answer questions and write a report."""
+    from llava_scale.config import load_config
+
+    train_shards, test_shards = out / "shards" / "train", out / "shards" / "test"
+    config = load_config(
+        RECIPE,
+        [
+            f"train.output_dir={json.dumps(str(out / 'train'))}",
+            f"data.sources=[{{path: {json.dumps(str(train_shards))}}}]",
+            f"data.eval_sources=[{{path: {json.dumps(str(test_shards))}}}]",
+            *(overrides or []),
+        ],
+    )
+    stages = _Stages(out)
+    toy = {"num_samples": num_samples, "num_test": num_test, "seed": config.seed}
+    stages.run("data", "make synthetic pictures and questions", toy, lambda: _make_data(out / "toy", toy))
+    stages.run("pack", "pack them into shards", toy, lambda: _pack(out / "toy", train_shards, test_shards))
+    settings = {**toy, "config": _matters(config)}
+    stages.run("train", "train the tiny model", settings, lambda: _train(config))
+    stages.run("eval", "ask questions about held-out pictures", settings, lambda: _evaluate(config, test_shards))
+    stages.run("answers", "answer a few questions", settings, lambda: _answer(config, out))
+    _finish(config, out, stages)
+
+
+@dataclass(slots=True)
+class _Stages:
+    """Runs each stage once for the same inputs, and remembers how long it took."""
+
+    out: Path
+    seconds: dict[str, float] = field(default_factory=dict)
+    number: int = 0
+
+    def run(self, name: str, title: str, inputs: dict[str, Any], work: Callable[[], None]) -> None:
+        """Do ``work`` unless it was done for these ``inputs``; a stage that is redone makes later ones stale."""
+        self.number += 1
+        marker = self.out / f".{name}.done"
+        digest = hashlib.sha256(json.dumps([inputs, self._before()], sort_keys=True).encode()).hexdigest()
+        known = json.loads(marker.read_text()) if marker.exists() else {}
+        reused = known.get("inputs") == digest
+        typer.secho(f"\n[{self.number}/6] {title}" + (" (done before)" if reused else ""), bold=True)
+        if reused:
+            self.seconds[name] = known["seconds"]
+            return
+        started = time.perf_counter()
+        work()
+        self.seconds[name] = round(time.perf_counter() - started, 2)
+        self.out.mkdir(parents=True, exist_ok=True)
+        marker.write_text(json.dumps({"inputs": digest, "seconds": self.seconds[name]}))
+
+    def _before(self) -> list[str]:
+        """What earlier stages were made from."""
+        return [
+            json.loads(path.read_text())["inputs"]
+            for name in self.seconds
+            if (path := self.out / f".{name}.done").exists()
+        ]
+
+
+def _matters(config: Config) -> dict[str, Any]:
+    """The settings, without the folder that the run happens to lie in."""
+    from llava_scale.config import to_dict
+
+    tree = to_dict(config)
+    for section, key in (("train", "output_dir"), ("data", "sources"), ("data", "eval_sources")):
+        tree[section].pop(key)
+    return tree
+
+
+def _make_data(folder: Path, settings: dict[str, int]) -> None:
+    from llava_scale.data.toy.samples import write_toy
+
+    result = write_toy(folder, **settings)
+    typer.echo(f"{result.num_train:,} training and {result.num_test:,} test conversations in {folder}")
+
+
+def _pack(toy: Path, train_shards: Path, test_shards: Path) -> None:
+    from llava_scale.cli.data import pack
+
+    for name, shards in (("train", train_shards), ("test", test_shards)):
+        pack(toy / f"{name}.json", shards, media_root=toy, overwrite=True)
+
+
+def _train(config: Config) -> None:
+    """Train, or go on with a training of the same settings that was cut off."""
+    from llava_scale.cli.train import run
+
+    folder = Path(config.train.output_dir)
+    saved = folder / "config.yaml"
+    unfinished = saved.exists() and not (folder / "final").exists() and _same_settings(config, saved)
+    if folder.exists() and not unfinished:
+        shutil.rmtree(folder)  # an earlier quickstart with other settings
+    code = run(config, resume=unfinished)
+    if code:
+        raise typer.Exit(code)
+
+
+def _same_settings(config: Config, saved: Path) -> bool:
+    from llava_scale.config import load_config
+
+    return _matters(load_config(saved)) == _matters(config)
+
+
+def _evaluate(config: Config, shards: Path) -> None:
+    from llava_scale.cli.use import evaluate
+
+    folder = Path(config.train.output_dir)
+    evaluate(folder / "final", data=str(shards), out=folder / "eval", batch_size=64, ranking=50, device="cpu")
+
+
+def _answer(config: Config, out: Path) -> None:
+    """Ask about a few test pictures as a user would, and keep what was said."""
+    from llava_scale.serving.engine import GenerationRequest, load_engine
+    from llava_scale.types import Turn
+
+    asked = _some_questions(json.loads((out / "toy" / "test.json").read_text(encoding="utf-8")))
+    requests = [
+        GenerationRequest(
+            turns=(Turn("user", record["conversations"][0]["value"]),),
+            media={"image": tuple(str(out / "toy" / name) for name in record.get("image", []))},
+        )
+        for record in asked
+    ]
+    engine = load_engine(Path(config.train.output_dir) / "final", device="cpu")
+    lines = []
+    for record, answer in zip(asked, engine.generate(requests, max_new_tokens=48), strict=True):
+        question, gold = (turn["value"] for turn in record["conversations"][:2])
+        shown = " ".join(question.replace("<image>", "").split())
+        pictures = [str(out / "toy" / name) for name in record.get("image", [])]
+        lines.append({"pictures": pictures, "question": shown, "answer": answer, "right_answer": gold})
+        typer.echo(f"{', '.join(pictures) or '(no picture)'}\n  {shown}  ->  {answer}   (right: {gold})")
+    (out / "answers.json").write_text(json.dumps(lines, indent=1), encoding="utf-8")
+
+
+def _some_questions(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first single question of each skill."""
+    first: dict[str, dict[str, Any]] = {}
+    for record in records:
+        if len(record["conversations"]) == 2:
+            first.setdefault(record["task"], record)
+    return list(first.values())[:_NUM_SHOWN]
+
+
+def _finish(config: Config, out: Path, stages: _Stages) -> None:
+    """Write ``summary.json`` and the report, and print the table that says how good the model is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from llava_scale.viz.report import write_report
+
+    run = Path(config.train.output_dir)
+    result = json.loads((run / "eval" / "eval.json").read_text(encoding="utf-8"))
+    shares = ("exact_match", "blind", "blind_model")
+    summary = {name: {group: share["value"] for group, share in result[name].items()} for name in shares}
+    seconds = {**stages.seconds, "total": round(sum(stages.seconds.values()), 2)}
+    written = json.dumps({**summary, "loss": result["loss"], "seconds": seconds}, indent=1)
+    for folder in (out, run):
+        (folder / "summary.json").write_text(written + "\n", encoding="utf-8")
+    typer.secho("\n[6/6] report", bold=True)
+    page = write_report([run], out, title="Quickstart")
+    table = Table("held-out questions", "exact match", "blind", "blind model", title="llava-scale quickstart")
+    for group, value in summary["exact_match"].items():
+        blinds = [summary[name].get(group) for name in shares[1:]]
+        table.add_row(group, f"{value:.1%}", *("" if value is None else f"{value:.1%}" for value in blinds))
+    console = Console()
+    console.print(table)
+    typer.echo("blind: the most frequent answer to such a question; blind model: this model with plain pictures")
+    typer.echo(", ".join(f"{name} {value:,.0f} s" for name, value in seconds.items()))
+    typer.echo(f"report   {page}\nsummary  {out / 'summary.json'}")
+    typer.echo(f"next     llava-scale chat {run / 'final'} --image PICTURE 'QUESTION'")

@@ -34,10 +34,11 @@ def train(
     if dry_run:
         _dry_run(settings, resume=resume)
     elif not print_config:
-        raise typer.Exit(_train(settings, resume=resume))
+        raise typer.Exit(run(settings, resume=resume))
 
 
-def _train(settings: Config, *, resume: bool) -> int:
+def run(settings: Config, *, resume: bool) -> int:
+    """Train with progress on the terminal, and return the exit code."""
     from transformers.utils.logging import disable_progress_bar
 
     from llava_scale.training.trackers import ConsoleTracker

@@ -25,7 +25,13 @@ from llava_scale.model.attention import PACKED
 from llava_scale.model.configuration import OPENAI_MEAN, OPENAI_STD, CustomVisionConfig, LlavaScaleConfig
 from llava_scale.model.head import check_head
 from llava_scale.model.modeling import LlavaScaleForConditionalGeneration, build_tower
-from llava_scale.model.presets import tiny_text_config, tiny_tokenizer, tiny_vision_config
+from llava_scale.model.presets import (
+    TINY_IMAGE_MEAN,
+    TINY_IMAGE_STD,
+    tiny_text_config,
+    tiny_tokenizer,
+    tiny_vision_config,
+)
 from llava_scale.model.processing import LlavaScaleProcessor
 from llava_scale.towers import TransformersVisionTower, VisionTower, import_encoder
 from llava_scale.towers.hub import (
@@ -226,7 +232,7 @@ def _config_and_tower(
         vision |= {"vision_config": custom, "image_mean": encoder.image_mean, "image_std": encoder.image_std}
         vision["image_size"] = config.image_size or encoder.image_size
     elif config.preset:
-        vision["vision_config"] = tiny_vision_config()
+        vision |= {"vision_config": tiny_vision_config(), "image_mean": TINY_IMAGE_MEAN, "image_std": TINY_IMAGE_STD}
     else:
         vision["vision_config"] = vision_config_of(config.vision_tower)
         stats = read_image_stats(config.vision_tower, vision["vision_config"])

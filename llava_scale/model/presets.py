@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
 
-START, END = "<|im_start|>", "<|im_end|>"
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+END = "<|end|>"
 PAD = "<pad>"
 VOCABULARY_MULTIPLE = 64
 WORD_SCORE, BYTE_SCORE = -1.0, -10.0
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
     "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+"""One token before and one after each message: with short questions the markers would else be half of the text."""
 
 WORDS = (
     "a an and answer any are assistant at background behind below beside between big black blue bottom by center "
@@ -27,7 +29,7 @@ WORDS = (
     "one or orange other outside over picture pink pitch position purple quiet rectangle red right same second see "
     "seven shape shapes show shown shows side six size small smaller sound square star system tell ten than that the "
     "there these thing things third this three to top triangle two under up user video was what where which white "
-    "with word yellow yes you"
+    "with word yellow yes you above circles cross crosses say squares stars triangles zero"
 )
 """Words that are one token each, with and without a space before them and with a capital letter; any other text
 falls back to bytes."""
@@ -54,17 +56,19 @@ class TinySizes:
     image_size: int = 72
     patch_size: int = 12
     vision_width: int = 128
-    vision_layers: int = 4
+    vision_layers: int = 3
     vision_heads: int = 4
-    text_width: int = 192
-    text_layers: int = 4
-    text_heads: int = 6
-    text_kv_heads: int = 2
+    text_width: int = 128
+    text_layers: int = 3
+    text_heads: int = 4
+    text_kv_heads: int = 4
     mlp_ratio: int = 3
     max_positions: int = 4096
 
 
 TINY = TinySizes()
+TINY_IMAGE_MEAN, TINY_IMAGE_STD = (0.905, 0.887, 0.882), (0.143, 0.164, 0.182)
+"""Channel statistics of the synthetic pictures: mostly background, which then comes out near zero."""
 
 
 def tiny_vision_config(sizes: TinySizes = TINY) -> CLIPVisionConfig:
@@ -98,7 +102,7 @@ def tiny_text_config(vocab_size: int, sizes: TinySizes = TINY) -> LlamaConfig:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Tokenizer that knows ``WORDS`` as whole tokens and every other text as bytes; a ChatML-like template.
+    """Tokenizer that knows ``WORDS`` as whole tokens and every other text as bytes; one token around each message.
 
     The most probable split of a text is taken (a unigram model), so a word never falls apart because a part of it is
     a word as well.
@@ -108,7 +112,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.Unigram(vocab=pieces))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (START, END, PAD)])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*ROLES, END, PAD)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,

@@ -218,7 +218,7 @@ def test_a_missing_padding_token_becomes_one_of_its_own(tmp_path):
     tokenizer = processor.tokenizer
     assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
-    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.eos_token == "<|end|>"
 
 
 def test_matching_the_embedding_scale_sets_the_size_of_picture_tokens(tmp_path):

@@ -101,6 +101,6 @@ def test_placeholders_are_never_generated(lively):
 
 def test_generation_ends_where_training_ended_an_answer(lively):
     model, processor = lively
-    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    end = processor.tokenizer.convert_tokens_to_ids("<|end|>")
     assert model.generation_config.eos_token_id == [end]
     assert model.generation_config.pad_token_id == processor.tokenizer.pad_token_id != end

@@ -32,7 +32,7 @@ def test_an_answer_is_supervised_with_its_end():
     add_placeholders(tokenizer)
     encoded = ChatEncoder(tokenizer, "native").encode([Turn("user", "<image>\nwhat color ?"), Turn("assistant", "red")])
     supervised = [i for i, flag in zip(encoded.input_ids, encoded.supervised, strict=True) if flag]
-    assert tokenizer.decode(supervised) == "red<|im_end|>"
+    assert tokenizer.decode(supervised) == "red<|end|>"
 
 
 def test_the_vocabulary_has_room_for_the_placeholders():

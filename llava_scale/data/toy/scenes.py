@@ -50,6 +50,7 @@ _CELL = IMAGE_SIZE // 3
 _SUPERSAMPLING = 8
 _HELD_OUT_RESIDUES = (0, 4)
 _COLOR_JITTER = 10
+_JITTER = 2
 _BACKGROUND = (226, 250)
 
 
@@ -150,9 +151,10 @@ def render(scene: Scene, rng: random.Random) -> NDArray[np.uint8]:
     for thing in scene:
         radius = rng.randint(*SIZES[thing.size])
         mask = _mask(thing.shape, radius)
-        room = _CELL - len(mask)
-        y = thing.row * _CELL + rng.randint(0, room)
-        x = thing.column * _CELL + rng.randint(0, room)
+        margin = (_CELL - len(mask)) // 2
+        slack = min(margin, _JITTER)
+        y = thing.row * _CELL + margin + rng.randint(-slack, slack)
+        x = thing.column * _CELL + margin + rng.randint(-slack, slack)
         color = [value + rng.randint(-_COLOR_JITTER, _COLOR_JITTER) for value in COLORS[thing.color]]
         patch = pixels[y : y + len(mask), x : x + len(mask)]
         patch += mask[..., None] * (np.array(color, dtype=np.float32) - patch)
@@ -198,4 +200,4 @@ def _mask(shape: str, radius: int) -> NDArray[np.float32]:
     canvas = Image.new("L", (side * _SUPERSAMPLING, side * _SUPERSAMPLING))
     _outline(shape)(ImageDraw.Draw(canvas), (side * _SUPERSAMPLING - 1) / 2)
     small = canvas.resize((side, side), Image.Resampling.BOX)
-    return np.asarray(small, dtype=np.float32) / 255
+    return np.asarray(small, dtype=np.float32) / np.float32(255)

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llava_scale.data.toy_scenes import CELLS, COLORS, MAX_THINGS, SHAPES, SIZES, Scene, Thing
+from llava_scale.data.toy.scenes import CELLS, COLORS, MAX_THINGS, SHAPES, SIZES, Scene, Thing
 
 if TYPE_CHECKING:
     import random
@@ -101,10 +101,13 @@ def ask_existence(rng: random.Random, scene: Scene) -> Question | None:
 
 
 def ask_caption(rng: random.Random, scene: Scene) -> Question | None:
-    """Everything there, in raster order; scenes of one or two things only, so that captions stay short."""
+    """A caption; scenes of one or two things only, so that an exact match is a fair demand."""
     del rng
-    if len(scene) > 2:
-        return None
+    return caption_of(scene) if len(scene) <= 2 else None
+
+
+def caption_of(scene: Scene) -> Question:
+    """Everything there, in raster order."""
     parts = [f"a {thing.size} {thing.name} at the {CELLS[thing.cell]}" for thing in scene]
     return Question("caption", "Describe the picture.", " and ".join(parts))
 

@@ -1,0 +1,1 @@
+"""Synthetic data in LLaVA's format whose questions cannot be answered without seeing."""

@@ -1,0 +1,154 @@
+"""A synthetic data set in LLaVA's format: pictures with questions that need them, several pictures, text alone.
+
+Sample i of a split depends only on (seed, split, i), so a larger set begins with the smaller one.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_scale.data.toy.questions import (
+    Question,
+    ask_about_one,
+    ask_about_two,
+    ask_without_picture,
+    caption_of,
+    different_questions,
+)
+from llava_scale.data.toy.scenes import Scene, Split, draw_scene, encode, render
+from llava_scale.errors import ConfigError
+from llava_scale.types import PLACEHOLDERS, MediaKind
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MAX_TURNS = 6
+"""Most questions in one conversation."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToySample:
+    """Encoded media (kind, extension, bytes) in order, and the questions about them."""
+
+    media: tuple[tuple[MediaKind, str, bytes], ...]
+    questions: tuple[Question, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToyResult:
+    """What was written: the JSON of each split and how many samples it holds."""
+
+    train_json: Path
+    test_json: Path
+    num_train: int
+    num_test: int
+
+
+def make_one_picture(rng: random.Random, split: Split, num_turns: int) -> ToySample:
+    """One picture and questions about it."""
+    scene = draw_scene(rng, split)
+    questions = different_questions(lambda: ask_about_one(rng, scene), num_turns)
+    if num_turns == MAX_TURNS:  # a caption says all there is to see: the densest thing to learn from
+        questions = (caption_of(scene), *(question for question in questions if question.task != "caption"))
+    return ToySample((_picture(rng, scene),), questions)
+
+
+def make_two_pictures(rng: random.Random, split: Split, num_turns: int) -> ToySample:
+    """Two pictures and questions that need the right one, or both."""
+    scenes = draw_scene(rng, split), draw_scene(rng, split)
+    questions = different_questions(lambda: ask_about_two(rng, *scenes), num_turns)
+    return ToySample(tuple(_picture(rng, scene) for scene in scenes), questions)
+
+
+def make_text(rng: random.Random, split: Split, num_turns: int) -> ToySample:
+    """Questions that need no picture."""
+    del split
+    return ToySample((), different_questions(lambda: ask_without_picture(rng), num_turns))
+
+
+MAKERS: dict[Callable[[random.Random, Split, int], ToySample], float] = {
+    make_one_picture: 0.78,
+    make_two_pictures: 0.12,
+    make_text: 0.10,
+}
+"""Makers of samples with their shares; other modalities are added here."""
+
+
+def write_toy(out: str | Path, *, num_samples: int, num_test: int = 0, seed: int = 0) -> ToyResult:
+    """Write ``train.json``, ``test.json`` and ``media/`` into ``out``.
+
+    The combinations of colour, shape and place in test pictures never occur in training pictures
+    (:func:`llava_scale.data.toy.scenes.is_held_out`). Training conversations have one to ``MAX_TURNS`` questions,
+    test conversations one, two or three. The field ``task`` names the skill, or ``dialogue`` where there are several
+    turns.
+
+    Args:
+        out: Folder; existing files of the same name are replaced.
+        num_samples: Training samples.
+        num_test: Test samples; a tenth of the training samples, at least 20, if 0.
+        seed: Seed of everything.
+
+    Raises:
+        ConfigError: a count below 1, or a folder that cannot be written.
+    """
+    if num_samples < 1 or num_test < 0:
+        raise ConfigError(f"num_samples must be at least 1 and num_test at least 0, got {num_samples} and {num_test}")
+    folder = Path(out)
+    counts: dict[Split, int] = {"train": num_samples, "test": num_test or max(20, num_samples // 10)}
+    try:
+        (folder / "media").mkdir(parents=True, exist_ok=True)
+        for split, number in counts.items():
+            records = [_write_sample(folder, split, seed, i) for i in range(number)]
+            (folder / f"{split}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write the synthetic data into {folder}: {error.strerror}") from None
+    return ToyResult(
+        train_json=folder / "train.json",
+        test_json=folder / "test.json",
+        num_train=counts["train"],
+        num_test=counts["test"],
+    )
+
+
+def make_sample(split: Split, seed: int, number: int) -> ToySample:
+    """Sample ``number`` of a split."""
+    rng = random.Random(f"{seed}/{split}/{number}")
+    (maker,) = rng.choices(tuple(MAKERS), tuple(MAKERS.values()))
+    turns = rng.choice((1, 4, *(MAX_TURNS,) * 6)) if split == "train" else rng.choice((1, 1, 1, 1, 2, 3))
+    sample = maker(rng, split, turns)
+    while not sample.questions:
+        sample = maker(rng, split, turns)
+    return sample
+
+
+def _write_sample(folder: Path, split: Split, seed: int, number: int) -> dict[str, Any]:
+    """Write the media of one sample and return its record."""
+    sample = make_sample(split, seed, number)
+    name = f"{split}-{number:06d}"
+    record: dict[str, Any] = {"id": name}
+    for place, (kind, extension, data) in enumerate(sample.media):
+        path = Path("media") / f"{name}-{place}.{extension}"
+        (folder / path).write_bytes(data)
+        record.setdefault(kind, []).append(path.as_posix())
+    record["task"] = sample.questions[0].task if len(sample.questions) == 1 else "dialogue"
+    record["conversations"] = _conversation(sample)
+    return record
+
+
+def _conversation(sample: ToySample) -> list[dict[str, str]]:
+    turns = []
+    lead = "".join(f"{PLACEHOLDERS[kind]}\n" for kind, _, _ in sample.media)
+    for question in sample.questions:
+        turns.append({"from": "human", "value": lead + question.text})
+        turns.append({"from": "gpt", "value": question.answer})
+        lead = ""
+    return turns
+
+
+def _picture(rng: random.Random, scene: Scene) -> tuple[MediaKind, str, bytes]:
+    extension = rng.choice(("png", "jpg"))
+    return "image", extension, encode(render(scene, rng), extension)
