@@ -2,18 +2,20 @@
 
 A conversation is cut into units: everything up to and including the assistant's header is one string, the answer with
 its end-of-turn marker the next. Each unit is tokenised alone, so generation sees exactly the ids that training saw.
+Tokenizers that put a space before a text (Llama's) get the end of the unit before as context, so that units join as
+the whole text would.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from llava_scale.data.templates import (
     CONTENT_PARTS,
+    FIXED_DATE,
     PLAIN_JINJA,
     TEMPLATES,
     VICUNA_SYSTEM,
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-_PLACEHOLDER = re.compile("|".join(map(re.escape, PLACEHOLDERS.values())))
+_MARK = "QansweredQ"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,12 @@ class ChatEncoder:
             kind: self._special_id(marker) for kind, marker in PLACEHOLDERS.items()
         }
         self._bos = _leading_bos(tokenizer)
+        self._openings: dict[str, list[int]] = {}
+        self._adds_space = self._encode("a") != self._encode(":a")[len(self._encode(":")) :]
         self._native = self._native_template() if template == "native" else ""
         self._pieces = self._make_pieces()
+        self._check_turns_end()
+        self._openings = self._constant_openings()
 
     @cached_property
     def jinja(self) -> str:
@@ -82,9 +88,8 @@ class ChatEncoder:
     @cached_property
     def eos_ids(self) -> tuple[int, ...]:
         """Ids that end an answer when generated."""
-        ends = self._ids(self._end_of_turn("answer"))[-1:]
         eos = self._tokenizer.eos_token_id
-        return tuple(dict.fromkeys([*ends, *([eos] if isinstance(eos, int) else [])]))
+        return tuple(dict.fromkeys([self._last_id, *([eos] if isinstance(eos, int) else [])]))
 
     def fingerprint(self) -> str:
         """Changes whenever any conversation could be tokenised differently."""
@@ -98,8 +103,10 @@ class ChatEncoder:
         """
         input_ids: list[int] = []
         supervised: list[bool] = []
+        before = ""
         for text, is_answer in self._units(turns):
-            ids = self._ids(text)
+            ids = self._ids(text, before)
+            before = text
             input_ids += ids
             supervised += [is_answer] * len(ids)
         if not input_ids:
@@ -112,8 +119,10 @@ class ChatEncoder:
     def encode_prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Ids up to and including the header of the answer that is to be generated."""
         ids: list[int] = []
+        before = ""
         for text, _ in self._prompt_units(turns):
-            ids += self._ids(text)
+            ids += self._ids(text, before)
+            before = text
         return ids
 
     def render_prompt(self, turns: Sequence[Turn]) -> str:
@@ -149,52 +158,58 @@ class ChatEncoder:
             shown = self._render(turns[:first]) if first else ""
             whole = self._render(turns[:last], add_generation_prompt=True)
             return _after(whole, shown)
-        pieces, text = self._pieces, []
-        for number, turn in enumerate(turns[first:last], start=first):
-            content = self._content(turn)
-            if turn.role == "system":
-                if number:
-                    raise SampleError("a system turn must come first; move it to the start of the conversation")
-                text.append(pieces.system(content))
-            else:
-                text.append((pieces.first_user if number == 0 else pieces.user_prefix) + content)
-                if number + 1 < last:
-                    raise SampleError("two human turns in a row; join them or put an answer between them")
-        return "".join(text) + pieces.header
+        return self._pieces.prompt(turns, first, last)
 
     def _answer(self, turns: Sequence[Turn], number: int) -> tuple[str, str]:
         """(answer with its end-of-turn marker, what the template puts behind that)."""
-        content = self._content(turns[number])
-        if self._pieces is None:
-            prompt = self._render(turns[:number], add_generation_prompt=True)
-            tail = _after(self._render(turns[: number + 1]), prompt)
-            lead, _, suffix = tail.partition(content)
-            answer = lead + content
-        else:
-            answer, suffix = self._pieces.answer_prefix + content, self._pieces.answer_suffix
+        if self._pieces is not None:
+            end, rest = self._end
+            return self._pieces.answer_prefix + self._pieces.content(turns[number]) + end, rest
+        marked = self._tail([*turns[:number], Turn("assistant", _MARK)])
+        lead, found, suffix = marked.partition(_MARK)
+        tail = self._tail(turns[: number + 1])
+        answer = tail[: len(tail) - len(suffix)]
+        kept = answer.strip() == (lead + turns[number].text.strip()).strip()
+        if not (found and kept and tail.endswith(suffix)):
+            raise SampleError("the chat template changes the text of answers; use another (data.chat_template)")
         end, rest = self._split_end(suffix)
         return answer + end, rest
+
+    def _tail(self, turns: Sequence[Turn]) -> str:
+        """What the native template puts behind the prompt for the last turn, an answer."""
+        return _after(self._render(turns), self._render(turns[:-1], add_generation_prompt=True))
+
+    @cached_property
+    def _end(self) -> tuple[str, str]:
+        assert self._pieces is not None
+        return self._split_end(self._pieces.answer_suffix)
 
     def _split_end(self, suffix: str) -> tuple[str, str]:
         """Cut what follows an answer into the marker that ends it and the rest, which is not supervised."""
         for token in self._special_tokens:
             if suffix.startswith(token):
                 return token, suffix[len(token) :]
-        return (suffix, "") if suffix else (self._end_of_text(), "")
+        return suffix, ""
 
-    def _end_of_turn(self, content: str) -> str:
-        turns = (Turn("user", "question"), Turn("assistant", content))
-        answer, _ = self._answer(turns, 1)
-        return answer
-
-    def _content(self, turn: Turn) -> str:
-        if self.template == "plain":
-            return "".join(_PLACEHOLDER.findall(turn.text)) if turn.role == "user" else turn.text.strip()
-        return turn.text.strip() if self._pieces is None or self._pieces.strips else turn.text
+    def _check_turns_end(self) -> None:
+        """Refuse a template with which nothing could be learned, before the first sample."""
+        question, answer = Turn("user", "question"), Turn("assistant", "answer")
+        try:
+            text, _ = self._answer((question, answer), 1)
+        except SampleError as error:
+            raise ConfigError(
+                f"the language model's chat template cannot be used ({error.reason}); use 'vicuna_v1' or 'plain'"
+            ) from None
+        if text.endswith(answer.text):
+            raise ConfigError(
+                "the language model's chat template puts nothing behind an answer, so the model could not learn where "
+                "to stop; use 'vicuna_v1' or 'plain'"
+            )
+        self._last_id = self._ids(text)[-1]
 
     def _make_pieces(self) -> Pieces | None:
         if self.template == "plain":
-            return Pieces(first_user=self._bos, answer_suffix="\n", system_prefix=self._bos, drops_system=True)
+            return Pieces(first_user=self._bos, answer_suffix="\n", system_prefix=self._bos, strips=True, captions=True)
         if self.template == "vicuna_v1":
             return Pieces(
                 first_user=f"{self._bos}{VICUNA_SYSTEM} USER: ",
@@ -203,9 +218,9 @@ class ChatEncoder:
                 answer_prefix=" ",
                 answer_suffix=self._end_of_text(),
                 system_prefix=self._bos,
-                system_suffix=" ",
+                system_suffix=" USER: ",
             )
-        return derive_pieces(self._render)
+        return derive_pieces(self._render, self._special_tokens)
 
     def _native_template(self) -> str:
         template = self._tokenizer.chat_template
@@ -214,7 +229,7 @@ class ChatEncoder:
                 "data.chat_template is 'native', but the language model's tokenizer has no chat template; "
                 "use 'vicuna_v1' or 'plain'"
             )
-        return template
+        return FIXED_DATE + template if "strftime_now" in template else template
 
     def _render(self, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> str:
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
@@ -228,11 +243,48 @@ class ChatEncoder:
         assert isinstance(rendered, str)
         return rendered
 
-    def _ids(self, text: str) -> list[int]:
+    def _ids(self, text: str, before: str = "") -> list[int]:
+        """Ids of one unit; ``before`` is the text in front of it."""
+        if not before:
+            for opening, ids in self._openings.items():
+                if text.startswith(opening):
+                    return ids + self._ids(text[len(opening) :], opening)
+        if before and self._adds_space:
+            context = next((token for token in self._special_tokens if before.endswith(token)), before[-1])
+            known, ids = self._ids(context), self._ids(context + text)
+            if ids[: len(known)] == known:
+                return ids[len(known) :]
+        return self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
         if self._backend is not None:
+            if self._backend.truncation is not None or self._backend.padding is not None:
+                self._forget_limits()
             ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
             return ids
         return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _constant_openings(self) -> dict[str, list[int]]:
+        """Ids of what opens nearly every conversation: system message and first placeholder.
+
+        Tokenizers cut the text at special tokens, so the rest can be tokenised alone; where one does not (some strip
+        the space around them), its opening is left out.
+        """
+        openings: dict[str, list[int]] = {}
+        if self._pieces is None:
+            return openings
+        for marker in PLACEHOLDERS.values():
+            opening = self._pieces.first_user + marker
+            ids, probe = self._encode(opening), "\nprobe"
+            if self._encode(opening + probe) == ids + self._ids(probe, opening):
+                openings[opening] = ids
+        return openings
+
+    def _forget_limits(self) -> None:
+        """Undo what an earlier call of the tokenizer left behind: it would silently cut or pad our texts."""
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
 
     def _special_id(self, marker: str) -> int:
         number: Any = self._tokenizer.convert_tokens_to_ids(marker)
@@ -253,6 +305,7 @@ class ChatEncoder:
 
     @cached_property
     def _fingerprint(self) -> str:
+        self._forget_limits()
         digest = hashlib.blake2b(digest_size=16)
         digest.update(f"1\n{self.template}\n{self.jinja}\n".encode())
         described = self._backend.to_str() if self._backend is not None else repr(sorted(self._tokenizer.get_vocab()))

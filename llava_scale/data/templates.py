@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from llava_scale.errors import SampleError
-from llava_scale.types import Turn
+from llava_scale.types import PLACEHOLDERS, Turn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+PLACEHOLDER = re.compile("|".join(map(re.escape, PLACEHOLDERS.values())))
 
 TEMPLATES = ("plain", "vicuna_v1", "native")
 
@@ -42,6 +45,9 @@ CONTENT_PARTS = """\
 {%- set messages = joined.messages -%}
 """
 """Joins contents given as parts into strings: a medium becomes its placeholder, a newline before the text after it."""
+
+FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+"""For templates that print today's date: a run resumed tomorrow must see the same tokens."""
 
 PLAIN_JINJA = """\
 {{- '@BOS@' -}}
@@ -84,14 +90,14 @@ class Pieces:
 
     Attributes:
         first_user: Before a human turn that opens the conversation (default system message included).
-        user_prefix: Before any later human turn.
+        user_prefix: Before a human turn that follows an answer.
         header: After a human turn, up to where the answer starts.
         answer_prefix: Between header and answer; supervised with it.
         answer_suffix: After an answer.
         system_prefix: Before an explicit system message.
-        system_suffix: After it.
+        system_suffix: Between it and the human turn that follows.
         strips: The template strips white space around contents.
-        drops_system: System messages are left out.
+        captions: Human turns are reduced to their placeholders, system messages are left out.
         takes_system: False if the template refuses system messages.
     """
 
@@ -103,14 +109,45 @@ class Pieces:
     system_prefix: str = ""
     system_suffix: str = ""
     strips: bool = False
-    drops_system: bool = False
+    captions: bool = False
     takes_system: bool = True
 
-    def system(self, content: str) -> str:
-        """Text of an explicit system message that opens the conversation."""
+    def content(self, turn: Turn) -> str:
+        """Text of a turn as the template shows it."""
+        if self.captions and turn.role != "assistant":
+            return "".join(PLACEHOLDER.findall(turn.text)) if turn.role == "user" else ""
+        return turn.text.strip() if self.strips else turn.text
+
+    def prompt(self, turns: Sequence[Turn], first: int, last: int) -> str:
+        """``turns[first:last]``, which hold no answer, and the header of the answer behind them.
+
+        Raises:
+            SampleError: if the roles do not alternate, or a system turn is not the first or not taken.
+        """
+        if first == last and not self.captions:
+            raise SampleError("two answers in a row; join them or put a human turn between them")
+        text = ""
+        for number, turn in enumerate(turns[first:last], start=first):
+            if turn.role == "system":
+                self._check_system(number, last)
+                text += self.system_prefix + self.content(turn) + self.system_suffix
+                continue
+            if number + 1 < last and turns[number + 1].role == "user":
+                raise SampleError("two human turns in a row; join them or put an answer between them")
+            if number == 0:
+                text += self.first_user
+            elif turns[number - 1].role != "system":
+                text += self.user_prefix
+            text += self.content(turn)
+        return text + self.header
+
+    def _check_system(self, number: int, last: int) -> None:
         if not self.takes_system:
             raise SampleError("the chat template takes no system turn; move its text into the first human turn")
-        return self.system_prefix + ("" if self.drops_system else content) + self.system_suffix
+        if number:
+            raise SampleError("a system turn must come first; move it to the start of the conversation")
+        if last == 1:
+            raise SampleError("a system turn and no human turn before the answer; add one")
 
 
 class Render(Protocol):
@@ -121,53 +158,58 @@ class Render(Protocol):
         ...
 
 
-def derive_pieces(render: Render) -> Pieces | None:
+def derive_pieces(render: Render, special_tokens: Sequence[str]) -> Pieces | None:
     """Find the constant pieces of a template by rendering marked contents, and check them on other conversations.
+
+    Args:
+        render: Renders turns.
+        special_tokens: Of the tokenizer; one of them may tell where an answer ends.
 
     Returns:
         None where the template is not made of constant pieces; it must then be rendered for every conversation.
     """
-    user, answer = ("QaskedQ", "QtoldQ"), ("QsaidQ", "QspokeQ")
-    dialogue = [
-        turn
-        for asked, said in zip(user, answer, strict=True)
-        for turn in (Turn("user", asked), Turn("assistant", said))
-    ]
+    asked, said, again = Turn("user", "QaskedQ"), Turn("assistant", "QsaidQ"), Turn("user", "QagainQ")
     try:
-        opening = render(dialogue[:1], add_generation_prompt=True)
-        first_user, found, header = opening.partition(user[0])
-        tail = render(dialogue[:2])
-        if not found or not tail.startswith(opening + answer[0]):
-            return None
-        suffix = tail[len(opening) + len(answer[0]) :]
-        second = render(dialogue[:3], add_generation_prompt=True)
+        opening = render([asked], add_generation_prompt=True)
+        answered = render([asked, said])
+        followed = render([asked, said, again], add_generation_prompt=True)
     except SampleError:
         return None
-    if not second.startswith(tail):
+    first_user, found, header = opening.partition(asked.text)
+    lead, found_answer, rest = followed.removeprefix(opening).partition(said.text)
+    between, found_again, _ = rest.partition(again.text)
+    if not (found and found_answer and found_again and followed.startswith(opening)):
         return None
-    prefix, _, _ = second[len(tail) :].partition(user[1])
-    pieces = Pieces(first_user=first_user, user_prefix=prefix, header=header, answer_suffix=suffix)
+    suffix = answered.removeprefix(opening + lead + said.text)
+    if suffix == answered or not between.startswith(suffix):
+        # The last answer is written unlike earlier ones (some templates add an empty thought): learn the earlier
+        # form, which needs a token that shows where the answer ends.
+        suffix = between
+        if not between.startswith(tuple(special_tokens)):
+            return None
+    pieces = Pieces(
+        first_user=first_user,
+        user_prefix=between.removeprefix(suffix),
+        header=header,
+        answer_prefix=lead,
+        answer_suffix=suffix,
+    )
     pieces = _with_system(pieces, render)
-    for strips in (False, True):
-        checked = Pieces(**{**{name: getattr(pieces, name) for name in Pieces.__slots__}, "strips": strips})
-        if _agrees(checked, render):
-            return checked
-    return None
+    candidates = (pieces, replace(pieces, strips=True))
+    return next((candidate for candidate in candidates if _agrees(candidate, render)), None)
 
 
 def _with_system(pieces: Pieces, render: Render) -> Pieces:
     """The pieces with what the template puts around an explicit system message."""
-    values = {name: getattr(pieces, name) for name in Pieces.__slots__}
     try:
         text = render([Turn("system", "QruleQ"), Turn("user", "QaskedQ")], add_generation_prompt=True)
     except SampleError:
-        return Pieces(**{**values, "takes_system": False})
+        return replace(pieces, takes_system=False)
     before, found, rest = text.partition("QruleQ")
-    between, _, _ = rest.partition("QaskedQ")
-    if not found or not between.endswith(pieces.user_prefix):
-        return Pieces(**{**values, "takes_system": False})
-    between = between[: len(between) - len(pieces.user_prefix)]
-    return Pieces(**{**values, "system_prefix": before, "system_suffix": between})
+    between, found_user, _ = rest.partition("QaskedQ")
+    if not found or not found_user:
+        return replace(pieces, takes_system=False)
+    return replace(pieces, system_prefix=before, system_suffix=between)
 
 
 def _agrees(pieces: Pieces, render: Render) -> bool:
@@ -184,13 +226,10 @@ def _agrees(pieces: Pieces, render: Render) -> bool:
 
 
 def _assemble(pieces: Pieces, turns: Sequence[Turn]) -> str:
-    text = ""
+    text, seen = "", 0
     for number, turn in enumerate(turns):
-        content = turn.text.strip() if pieces.strips else turn.text
-        if turn.role == "system":
-            text += pieces.system(content)
-        elif turn.role == "user":
-            text += (pieces.first_user if number == 0 else pieces.user_prefix) + content + pieces.header
-        else:
-            text += pieces.answer_prefix + content + pieces.answer_suffix
-    return text
+        if turn.role == "assistant":
+            text += pieces.prompt(turns, seen, number)
+            text += pieces.answer_prefix + pieces.content(turn) + pieces.answer_suffix
+            seen = number + 1
+    return text + pieces.prompt(turns, seen, len(turns))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pickle
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from llava_scale.data.chat import ChatEncoder
@@ -17,7 +17,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LLAMA2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set rule = '<<SYS>>' + messages[0]['content'] + '<</SYS>>' %}"
+    "{% if messages[0]['role'] == 'system' %}{% set rule = '<<SYS>>' + messages[0]['content'].strip() + '<</SYS>>' %}"
     "{% set messages = messages[1:] %}{% else %}{% set rule = '' %}{% endif %}"
     "{% for message in messages %}{% if message['role'] == 'user' %}"
     "{{ bos_token + '[INST] ' + (rule if loop.first else '') + message['content'].strip() + ' [/INST]' }}"
@@ -51,6 +51,51 @@ def make_tokenizer(template: str | None = CHATML, *, bos: bool = False) -> PreTr
     )
 
 
+ROUNDS = (
+    "{% for message in messages %}{{ loop.index ~ '. ' + message['role'] + ': ' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ (messages | length + 1) ~ '. assistant: ' }}{% endif %}"
+)
+"""Numbers its turns, so it is not made of constant pieces."""
+THOUGHTS = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if loop.last and message['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""Writes the last answer unlike earlier ones, as Qwen3 does."""
+
+
+def make_sentencepiece_tokenizer(*, legacy: bool) -> PreTrainedTokenizerFast:
+    """Like Llama's: spaces are part of words and a space is put before each text (legacy) or the first only."""
+    letters = sorted({*"▁ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz:.,?'<>|_\n"})
+    vocab = {symbol: n for n, symbol in enumerate(["<unk>", *letters])}
+    merges = []
+    for word in ("▁cat", "▁A", "▁ASSISTANT:", "▁USER:", "▁red", "▁Red"):
+        for end in range(2, len(word) + 1):
+            if word[:end] not in vocab:
+                vocab[word[:end]] = len(vocab)
+                merges.append((word[: end - 1], word[end - 1]))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
+    if legacy:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", *PLACEHOLDERS.values()]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    number = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", number)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=CHATML,
+        clean_up_tokenization_spaces=False,
+    )
+
+
 DIALOGUE = (
     Turn("user", "<image>\nWhat is it?"),
     Turn("assistant", "A cat."),
@@ -65,6 +110,8 @@ CASES = [
     ("native", CHATML, False),
     ("native", LLAMA2, True),
     ("native", STRICT, True),
+    ("native", ROUNDS, True),
+    ("native", THOUGHTS, False),
 ]
 
 
@@ -87,8 +134,8 @@ def test_supervised_tokens_are_the_answers_and_their_end(name, template, bos):
     whole = encoder.encode(DIALOGUE)
     text = tokenizer.decode([i for i, on in zip(whole.input_ids, whole.supervised, strict=True) if on])
     end = {"plain": "\n", "vicuna_v1": "</s>", "native": "<|im_end|>"}[name]
-    if template == LLAMA2 and name == "native":
-        end = " </s>"
+    if name == "native" and template in (LLAMA2, ROUNDS):
+        end = " </s>" if template == LLAMA2 else "</s>"
     lead = " " if name == "vicuna_v1" or (template == LLAMA2 and name == "native") else ""
     assert text == f"{lead}A cat.{end}{lead}Red.{end}"
     ends = [i for i, on in zip(whole.input_ids, whole.supervised, strict=True) if on]
@@ -148,6 +195,9 @@ def test_a_placeholder_is_one_id_and_never_supervised():
 def test_constant_pieces_are_found_where_the_template_has_them():
     assert ChatEncoder(make_tokenizer(CHATML), "native")._pieces is not None
     assert ChatEncoder(make_tokenizer(STRICT, bos=True), "native")._pieces is not None
+    assert ChatEncoder(make_tokenizer(LLAMA2, bos=True), "native")._pieces is not None
+    assert ChatEncoder(make_tokenizer(THOUGHTS), "native")._pieces is not None
+    assert ChatEncoder(make_tokenizer(ROUNDS), "native")._pieces is None
 
 
 def test_an_encoder_survives_pickling_and_keeps_its_fingerprint():
@@ -164,6 +214,12 @@ def test_unusable_templates_and_tokenizers_are_refused():
     with pytest.raises(ConfigError, match="no chat template; use 'vicuna_v1' or 'plain'"):
         ChatEncoder(make_tokenizer(None), "native")
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0}, merges=[])), eos_token="a")
+    with pytest.raises(ConfigError, match=r"cannot be used \(the chat template changes the text of answers"):
+        ChatEncoder(make_tokenizer(ROUNDS.replace("message['content']", "message['content'] | upper")), "native")
+    with pytest.raises(ConfigError, match="puts nothing behind an answer"):
+        ChatEncoder(make_tokenizer("{% for message in messages %}{{ message['content'] }}{% endfor %}"), "native")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        ChatEncoder(make_tokenizer("{{ messages[0]['nothing']['here'] }}"), "native")
     with pytest.raises(ConfigError, match="has no token '<image>'"):
         ChatEncoder(bare, "plain")
 
@@ -174,5 +230,75 @@ def test_conversations_that_a_template_cannot_hold_are_sample_errors():
         encoder.encode(DIALOGUE[:1])
     with pytest.raises(SampleError, match="two human turns in a row"):
         encoder.encode([Turn("user", "a"), Turn("user", "b"), Turn("assistant", "c")])
+    with pytest.raises(SampleError, match="two answers in a row"):
+        encoder.encode([*DIALOGUE, Turn("assistant", "c")])
+    with pytest.raises(SampleError, match="system turn must come first"):
+        encoder.encode([*DIALOGUE[:2], Turn("system", "s"), *DIALOGUE[2:]])
+    with pytest.raises(SampleError, match="no human turn before the answer"):
+        encoder.encode([Turn("system", "s"), Turn("assistant", "c")])
     with pytest.raises(SampleError, match="takes no system turn"):
         ChatEncoder(make_tokenizer(STRICT, bos=True), "native").encode([Turn("system", "s"), *DIALOGUE])
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("name", ["plain", "vicuna_v1", "native"])
+def test_units_of_a_space_adding_tokenizer_join_as_the_whole_text_would(name, legacy):
+    tokenizer = make_sentencepiece_tokenizer(legacy=legacy)
+    encoder = ChatEncoder(tokenizer, name)
+    encoded = encoder.encode(DIALOGUE)
+    text = encoder.render_prompt(DIALOGUE[:3])
+    assert encoder.encode_prompt(DIALOGUE[:3]) == tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    assert encoded.input_ids[: len(encoder.encode_prompt(DIALOGUE[:3]))] == encoder.encode_prompt(DIALOGUE[:3])
+    assert tokenizer.unk_token_id not in encoded.input_ids
+
+
+def test_vicuna_answers_keep_their_words_on_a_space_adding_tokenizer():
+    tokenizer = make_sentencepiece_tokenizer(legacy=True)
+    encoded = ChatEncoder(tokenizer, "vicuna_v1").encode(DIALOGUE)
+    answers = [i for i, on in zip(encoded.input_ids, encoded.supervised, strict=True) if on]
+    assert tokenizer.convert_ids_to_tokens(answers) == ["▁A", "▁cat", ".", "</s>", "▁Red", ".", "</s>"]
+
+
+def test_limits_left_behind_by_another_call_of_the_tokenizer_change_nothing():
+    tokenizer = make_tokenizer()
+    encoder = ChatEncoder(tokenizer, "native")
+    wanted = encoder.encode(DIALOGUE)
+    tokenizer("a long text", truncation=True, max_length=3, padding="max_length")
+    assert tokenizer.backend_tokenizer.truncation is not None
+    assert encoder.encode(DIALOGUE) == wanted
+    tokenizer("a long text", truncation=True, max_length=3, padding="max_length")
+    assert ChatEncoder(tokenizer, "native").fingerprint() == ChatEncoder(make_tokenizer(), "native").fingerprint()
+
+
+def test_a_template_that_prints_the_date_gives_the_same_tokens_every_day():
+    template = "{{ strftime_now('%Y-%m-%d %H:%M:%S.%f') }}" + CHATML
+    encoder = ChatEncoder(make_tokenizer(template), "native")
+    assert encoder.render_prompt(DIALOGUE[:1]).startswith("26 Jul 2024<|im_start|>")
+    again = ChatEncoder(make_tokenizer(template), "native")
+    assert again.encode(DIALOGUE) == encoder.encode(DIALOGUE)
+    assert again._pieces is not None
+
+
+def test_padding_with_the_end_token_leaves_the_end_supervised():
+    tokenizer = make_tokenizer(None, bos=True)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    encoded = ChatEncoder(tokenizer, "vicuna_v1").encode(DIALOGUE)
+    ends = [on for i, on in zip(encoded.input_ids, encoded.supervised, strict=True) if i == tokenizer.eos_token_id]
+    assert ends == [True, True]
+
+
+@pytest.mark.parametrize(("name", "template", "bos"), CASES)
+def test_remembered_openings_change_no_id(name, template, bos):
+    encoder = ChatEncoder(make_tokenizer(template, bos=bos), name)
+    wanted = encoder.encode(DIALOGUE)
+    assert bool(encoder._openings) == (template != ROUNDS)
+    encoder._openings = {}
+    assert encoder.encode(DIALOGUE) == wanted
+
+
+def test_placeholders_that_swallow_white_space_are_tokenised_with_their_surroundings():
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.add_special_tokens([AddedToken("<image>", special=True, normalized=False, rstrip=True)])
+    encoder = ChatEncoder(tokenizer, "native")
+    text = encoder.render_prompt(DIALOGUE[:1])
+    assert encoder.encode_prompt(DIALOGUE[:1]) == tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
