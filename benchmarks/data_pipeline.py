@@ -33,11 +33,12 @@ _LEFT = 0.13  # share of an epoch not consumed, so that no worker runs dry while
 
 def run_one(name: str, args: argparse.Namespace) -> None:
     """One measurement, in this process."""
-    from peers import PIPELINES, require
+    from peer import require
+    from peers import PIPELINES
     from work import parity
 
     kind, work = PIPELINES[name]
-    require(kind)
+    require(kind.needs)
     corpus = make(args.folder, args.samples, args.shards)
     kind.convert(corpus)
     peer = kind(corpus, work, workers=args.workers, batch=args.batch)

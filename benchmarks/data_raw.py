@@ -29,11 +29,12 @@ _LEAST_S = 1.0
 
 def run_one(name: str, args: argparse.Namespace) -> None:
     """Whole passes for a second; the first pass is not counted."""
-    from peers import READERS, require
+    from peer import require
+    from peers import READERS
     from work import OurWork
 
     kind = READERS[name]
-    require(kind)
+    require(kind.needs)
     corpus = make(args.folder, args.samples, args.shards)
     kind.convert(corpus)
     peer = kind(corpus, OurWork, workers=0, batch=args.batch)

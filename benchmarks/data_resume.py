@@ -19,10 +19,11 @@ from corpus import make
 
 def cut(name: str, args: argparse.Namespace) -> None:
     """Run to the cut, save the state and the keys of the batch after it."""
-    from peers import RESUMERS, require
+    from peer import require
+    from peers import RESUMERS
     from work import OurWork
 
-    require(RESUMERS[name])
+    require(RESUMERS[name].needs)
     corpus = make(args.folder, args.samples, args.shards)
     RESUMERS[name].convert(corpus)
     peer = RESUMERS[name](corpus, OurWork, workers=args.workers, batch=args.batch)
@@ -36,10 +37,11 @@ def cut(name: str, args: argparse.Namespace) -> None:
 
 def resume(name: str, args: argparse.Namespace) -> None:
     """Open, load, wait for the first batch."""
-    from peers import RESUMERS, require
+    from peer import require
+    from peers import RESUMERS
     from work import OurWork
 
-    require(RESUMERS[name])
+    require(RESUMERS[name].needs)
     corpus = make(args.folder, args.samples, args.shards)
     state = args.state.read_bytes()
     work = OurWork(corpus)  # imports all of it
