@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MARK = "QansweredQ"
+_MAX_BYTES = 4  # of one character in UTF-8
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,26 @@ class ChatEncoder:
     def render_prompt(self, turns: Sequence[Turn]) -> str:
         """Text of ``encode_prompt``."""
         return "".join(text for text, _ in self._prompt_units(turns))
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """Text of each token, for people; of several tokens that make one character, the last one has it."""
+        anchor = self._encode(":")  # keeps decoders from stripping the space before a first word
+        known = len(self._decode(anchor))
+        texts: list[str] = []
+        held: list[int] = []
+        for token in ids:
+            held.append(token)
+            text = self._decode([*anchor, *held])[known:]
+            whole = "\ufffd" not in text or len(held) == _MAX_BYTES
+            texts.append(text if whole else "")
+            held = [] if whole else held
+        if held:
+            texts[-1] = self._decode([*anchor, *held])[known:]
+        return texts
+
+    def is_special(self, token: int) -> bool:
+        """Whether ``token`` stands for itself: a role marker, an end of turn, a placeholder."""
+        return token in self._special_ids
 
     def _units(self, turns: Sequence[Turn]) -> Iterator[tuple[str, bool]]:
         """(text, is an answer) of every unit up to the last answer."""
@@ -286,6 +307,10 @@ class ChatEncoder:
             self._backend.no_truncation()
             self._backend.no_padding()
 
+    def _decode(self, ids: Sequence[int]) -> str:
+        decoder = self._backend if self._backend is not None else self._tokenizer
+        return str(decoder.decode(list(ids), skip_special_tokens=False))
+
     def _special_id(self, marker: str) -> int:
         number: Any = self._tokenizer.convert_tokens_to_ids(marker)
         if not isinstance(number, int) or number == self._tokenizer.unk_token_id:
@@ -297,6 +322,10 @@ class ChatEncoder:
         if not isinstance(eos, str):
             raise ConfigError("the tokenizer has no eos_token, so the model could not learn where an answer ends")
         return eos
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.get_added_vocab().values())
 
     @cached_property
     def _special_tokens(self) -> tuple[str, ...]:

@@ -88,6 +88,40 @@ def build_model(config: ModelConfig, *, chat_template: str, seed: int) -> BuiltM
     return _finish(model.eval(), tokenizer, chat_template)
 
 
+def build_processor(config: ModelConfig, *, chat_template: str) -> LlavaScaleProcessor:
+    """The processor that ``build_model`` would give, without loading a language model.
+
+    Raises:
+        ConfigError, CheckpointError: as ``build_model``.
+    """
+    if config.init_from:
+        return load_processor(config.init_from, chat_template=chat_template)
+    if config.preset:
+        return build_model(config, chat_template=chat_template, seed=0)[1]
+    if not (config.language_model and config.vision_tower):
+        raise ConfigError("model needs both language_model and vision_tower, or preset, or init_from")
+    tokenizer = _named_tokenizer(config.language_model)
+    add_placeholders(tokenizer)
+    with _seeded(0):
+        full, tower = _config_and_tower(config, tiny_text_config(len(tokenizer)), getattr(torch, config.torch_dtype))
+    full.chat_template_name = chat_template
+    return LlavaScaleProcessor.for_tower(full, tower, tokenizer)
+
+
+def load_processor(path: str | Path, *, chat_template: str = "") -> LlavaScaleProcessor:
+    """Processor of a checkpoint without its weights; with ``chat_template`` for another template than its own.
+
+    Raises:
+        CheckpointError: no checkpoint of ours there.
+    """
+    try:
+        processor = LlavaScaleProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+    assert isinstance(processor, LlavaScaleProcessor)
+    return processor.with_template(chat_template) if chat_template else processor
+
+
 def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> BuiltModel:
     """Load a checkpoint of ours with its processor; ``dtype`` None keeps the type it was saved in.
 

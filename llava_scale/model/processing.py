@@ -22,7 +22,9 @@ from llava_scale.model.tokens import ImageTokenCounter
 from llava_scale.types import PLACEHOLDERS
 
 if TYPE_CHECKING:
+    from llava_scale.model.configuration import LlavaScaleConfig
     from llava_scale.model.modeling import LlavaScaleForConditionalGeneration
+    from llava_scale.towers import VisionTower
 
 Picture = Union[Image.Image, str, Path, bytes, "np.ndarray[Any, Any]", Tensor]
 """A Pillow image, a local path, an encoded file, a uint8 array ``(H, W, 3)`` or a uint8 tensor ``(3, H, W)``."""
@@ -79,7 +81,13 @@ class LlavaScaleProcessor(ProcessorMixin):
         cls, model: LlavaScaleForConditionalGeneration, tokenizer: PreTrainedTokenizerBase
     ) -> LlavaScaleProcessor:
         """Processor with the sizes and the chat template of ``model``."""
-        config, tower = model.config, model.vision_tower
+        return cls.for_tower(model.config, model.vision_tower, tokenizer)
+
+    @classmethod
+    def for_tower(
+        cls, config: LlavaScaleConfig, tower: VisionTower, tokenizer: PreTrainedTokenizerBase
+    ) -> LlavaScaleProcessor:
+        """Processor of a model of which only the vision tower is there."""
         return cls(
             tokenizer,
             image_size=config.image_size,
@@ -88,6 +96,20 @@ class LlavaScaleProcessor(ProcessorMixin):
             image_aspect_ratio=config.image_aspect_ratio,
             image_mean=config.image_mean,
             chat_template_name=config.chat_template_name,
+        )
+
+    def with_template(self, chat_template_name: str) -> LlavaScaleProcessor:
+        """The same processor for another chat template."""
+        return LlavaScaleProcessor(
+            self.tokenizer,
+            image_size=self.image_size,
+            image_grid=self.image_grid,
+            image_num_tokens=self.image_num_tokens,
+            image_aspect_ratio=self.image_aspect_ratio,
+            image_mean=self.image_mean,
+            max_image_pixels=self.max_image_pixels,
+            chat_template_name=chat_template_name,
+            native_chat_template=self.native_chat_template,
         )
 
     @cached_property

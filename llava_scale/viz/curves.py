@@ -72,9 +72,9 @@ def draw_panel(panel: Panel, runs: Sequence[RunRecord]) -> bytes:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figure = _figure(5.6, 3.3)
+    figure = new_figure(5.6, 3.3)
     _draw(figure.add_subplot(), panel, runs)
-    return _png(figure)
+    return to_png(figure)
 
 
 def draw_overview(panels: Sequence[Panel], runs: Sequence[RunRecord]) -> bytes:
@@ -84,10 +84,10 @@ def draw_overview(panels: Sequence[Panel], runs: Sequence[RunRecord]) -> bytes:
         MissingExtraError: matplotlib is not installed.
     """
     rows = math.ceil(len(panels) / 2)
-    figure = _figure(11.2, 3.3 * max(rows, 1))
+    figure = new_figure(11.2, 3.3 * max(rows, 1))
     for i, panel in enumerate(panels):
         _draw(figure.add_subplot(rows, 2, i + 1), panel, runs)
-    return _png(figure)
+    return to_png(figure)
 
 
 def smoothed(points: Points) -> Points:
@@ -150,7 +150,12 @@ def _cut_first_peak(axes: Any, drawn: list[Points]) -> None:
         axes.set_ylim(min(later) - 0.05 * span, max(later) + 0.35 * span)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
+    """Empty matplotlib figure in our style, in inches at 200 dots an inch.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -161,7 +166,8 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _png(figure: Any) -> bytes:
+def to_png(figure: Any) -> bytes:
+    """The figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

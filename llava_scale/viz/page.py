@@ -76,12 +76,12 @@ overflow-wrap:anywhere}
 """
 
 
-def page(*, title: str, subtitle: str, body: Sequence[str]) -> str:
-    """Return a whole page; ``title`` and ``subtitle`` are plain text, ``body`` is HTML."""
+def page(*, title: str, subtitle: str, body: Sequence[str], css: str = "") -> str:
+    """Return a whole page; ``title`` and ``subtitle`` are plain text, ``body`` is HTML, ``css`` comes after ours."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{text(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{text(title)}</title>\n<style>{_CSS}{css}</style>\n</head>\n<body>\n<main>\n"
         f'<header><h1>{text(title)}</h1>\n<div class="soft">{text(subtitle)}</div></header>\n'
         + "\n".join(body)
         + f'\n<p class="soft" style="margin-top:40px">llava-scale {text(__version__)}</p>\n</main>\n</body>\n</html>\n'

@@ -302,3 +302,20 @@ def test_placeholders_that_swallow_white_space_are_tokenised_with_their_surround
     encoder = ChatEncoder(tokenizer, "native")
     text = encoder.render_prompt(DIALOGUE[:1])
     assert encoder.encode_prompt(DIALOGUE[:1]) == tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("tokenizer", [make_tokenizer(), make_sentencepiece_tokenizer(legacy=True)])
+def test_the_texts_of_the_tokens_join_to_the_prompt(tokenizer):
+    encoder = ChatEncoder(tokenizer, "plain" if tokenizer.bos_token else "native")
+    ids = encoder.encode_prompt(DIALOGUE[:3])
+    texts = encoder.token_texts(ids)
+    assert len(texts) == len(ids)
+    joined = "".join(texts).replace(" A cat", "A cat") if tokenizer.bos_token else "".join(texts)
+    assert joined == encoder.render_prompt(DIALOGUE[:3])
+
+
+def test_a_character_of_several_tokens_is_shown_once():
+    encoder = ChatEncoder(make_tokenizer(), "native")
+    ids = encoder._encode("é🙂x")
+    assert encoder.token_texts(ids) == ["", "é", "", "", "", "🙂", "x"]
+    assert encoder.token_texts(ids[:3])[:2] == ["", "é"]
