@@ -54,7 +54,7 @@ class TinySizes:
     """
 
     image_size: int = 72
-    patch_size: int = 12
+    patch_size: int = 24
     vision_width: int = 128
     vision_layers: int = 3
     vision_heads: int = 4
@@ -65,6 +65,9 @@ class TinySizes:
     mlp_ratio: int = 3
     max_positions: int = 4096
 
+
+INITIALIZER_RANGE = 0.06
+"""Larger than the usual 0.02: at these widths attention would else start uniform and take long to leave that."""
 
 TINY = TinySizes()
 TINY_IMAGE_MEAN, TINY_IMAGE_STD = (0.905, 0.887, 0.882), (0.143, 0.164, 0.182)
@@ -95,6 +98,7 @@ def tiny_text_config(vocab_size: int, sizes: TinySizes = TINY) -> LlamaConfig:
         num_key_value_heads=sizes.text_kv_heads,
         max_position_embeddings=sizes.max_positions,
         tie_word_embeddings=True,
+        initializer_range=INITIALIZER_RANGE,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,

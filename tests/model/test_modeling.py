@@ -151,10 +151,11 @@ def test_videos_are_frames_in_the_places_of_their_own_placeholder(tiny):
 
 
 def test_placeholders_and_pictures_must_match(tiny, row):
-    (model, _), (samples, pixels) = tiny, row
-    with pytest.raises(ShapeError, match="128 <image> positions, but its images make 64 tokens"):
+    (model, processor), (samples, pixels) = tiny, row
+    one = processor.image_num_tokens
+    with pytest.raises(ShapeError, match=f"{2 * one} <image> positions, but its images make {one} tokens"):
         model(**row_inputs(packed_row(samples, pixels[:1])))
-    with pytest.raises(ShapeError, match="128 <image> positions, but its images make 0 tokens"):
+    with pytest.raises(ShapeError, match=f"{2 * one} <image> positions, but its images make 0 tokens"):
         model(**row_inputs(packed_row(samples)))
 
 

@@ -11,7 +11,12 @@ from PIL import Image
 from llava_scale.data.media import decode_image
 from llava_scale.errors import ConfigError, SampleError, ShapeError
 from llava_scale.model import LlavaScaleProcessor
+from llava_scale.model.presets import TINY
 from llava_scale.types import MediaInfo, Turn
+
+SIDE = TINY.image_size
+ROWS = SIDE // TINY.patch_size
+TOKENS = ROWS * ROWS
 
 
 @pytest.fixture
@@ -34,9 +39,9 @@ def as_png(picture):
 def test_each_placeholder_becomes_the_tokens_of_its_picture(processor):
     inputs = processor("what is <image> ?", images=photo())
     ids = inputs["input_ids"][0].tolist()
-    assert ids.count(processor.image_token_id) == processor.image_num_tokens == 64
+    assert ids.count(processor.image_token_id) == processor.image_num_tokens == TOKENS
     assert inputs["attention_mask"].all()
-    assert inputs["pixel_values"].shape == (1, 3, 64, 64)
+    assert inputs["pixel_values"].shape == (1, 3, SIDE, SIDE)
     assert inputs["pixel_values"].dtype == torch.uint8
     plain = [token for token in ids if token != processor.image_token_id]
     assert plain == processor.tokenizer("what is  ?", add_special_tokens=False)["input_ids"]
@@ -68,7 +73,12 @@ def test_pillow_modes_follow_the_rules_of_decoding(processor):
     transparent = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
     assert processor("<image>", images=transparent)["pixel_values"].unique().tolist() == [255]
     for mode in ("L", "P", "CMYK", "1", "LA", "HSV"):
-        assert processor("<image>", images=photo().convert("RGB").convert(mode))["pixel_values"].shape == (1, 3, 64, 64)
+        assert processor("<image>", images=photo().convert("RGB").convert(mode))["pixel_values"].shape == (
+            1,
+            3,
+            SIDE,
+            SIDE,
+        )
 
 
 def test_padding_has_the_mean_colour_of_the_tower(processor):
@@ -146,7 +156,7 @@ def test_the_chat_template_gives_what_training_saw(processor):
     ]
     expected = processor._expand(processor.chat_encoder.encode_prompt(turns))
     assert inputs["input_ids"][0].tolist() == expected
-    assert inputs["pixel_values"].shape == (2, 3, 64, 64)
+    assert inputs["pixel_values"].shape == (2, 3, SIDE, SIDE)
 
 
 def test_conversations_come_in_batches(processor):
@@ -154,8 +164,8 @@ def test_conversations_come_in_batches(processor):
     inputs = processor.apply_chat_template(
         batch, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
     )
-    assert inputs["pixel_values"].shape == (3, 3, 64, 64)
-    assert (inputs["input_ids"] == processor.image_token_id).sum(1).tolist() == [128, 64]
+    assert inputs["pixel_values"].shape == (3, 3, SIDE, SIDE)
+    assert (inputs["input_ids"] == processor.image_token_id).sum(1).tolist() == [2 * TOKENS, TOKENS]
 
 
 @pytest.mark.parametrize("template", ["plain", "vicuna_v1", "native"])
@@ -179,12 +189,12 @@ def test_the_counter_is_plain_numbers(processor):
     counter = processor.token_counter
     assert pickle.loads(pickle.dumps(counter)) == counter
     tokens = counter.count(MediaInfo(kind="image", width=640, height=480), step=None)
-    assert (tokens.grid, tokens.num_tokens) == ((1, 8, 8), 64)
+    assert (tokens.grid, tokens.num_tokens) == ((1, ROWS, ROWS), TOKENS)
     with pytest.raises(SampleError, match="holds video"):
         counter.count(MediaInfo(kind="video"), step=3)
 
 
 def test_the_counter_keeps_the_promise_of_the_model(tiny):
     model, processor = tiny
-    tokens = model.get_image_features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    tokens = model.get_image_features(torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8))
     assert tokens.shape[1] == processor.image_num_tokens == model.vision_tower.num_tokens

@@ -8,6 +8,14 @@ import pytest
 from llava_scale.training.interrupt import StopRequest
 
 
+@pytest.fixture(autouse=True)
+def usual_handler():
+    """Python's own handler, also where the shell started the tests with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_the_first_signal_is_a_request_and_the_second_acts_as_usual():
     with StopRequest() as stop:
         assert not stop

@@ -290,7 +290,7 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(make_config, mo
 
 def test_unusable_samples_are_counted_and_listed_once_also_after_a_resume(make_config, make_shards, tmp_path):
     path = make_shards(num_samples=40, broken=(0, 1, 11, 20, 31))
-    limits = {"max_bad_fraction": 0.5, "packing": {"row_length": 256}}
+    limits = {"max_bad_fraction": 0.5, "packing": {"row_length": 96}}
     whole = make_config(data_path=path, data=limits, output_dir=str(tmp_path / "whole"), steps=0, epochs=1)
     expected = train(whole)
     assert expected.skipped >= 4

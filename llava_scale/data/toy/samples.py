@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 MAX_TURNS = 6
 """Most questions in one conversation."""
 
+_CAPTION_SHARE = 0.3
+
 
 @dataclass(frozen=True, slots=True)
 class ToySample:
@@ -51,9 +53,12 @@ class ToyResult:
 def make_one_picture(rng: random.Random, split: Split, num_turns: int) -> ToySample:
     """One picture and questions about it."""
     scene = draw_scene(rng, split)
+    if split == "train" and rng.random() < _CAPTION_SHARE:
+        return ToySample((_picture(rng, scene),), (caption_of(scene),))
     questions = different_questions(lambda: ask_about_one(rng, scene), num_turns)
-    if num_turns == MAX_TURNS:  # a caption says all there is to see: the densest thing to learn from
-        questions = (caption_of(scene), *(question for question in questions if question.task != "caption"))
+    if num_turns == MAX_TURNS:
+        # It says all there is to see: the densest thing to learn from. Last, so that no answer can be read off it.
+        questions = (*(question for question in questions if question.task != "caption"), caption_of(scene))
     return ToySample((_picture(rng, scene),), questions)
 
 
