@@ -93,7 +93,7 @@ def _run_ray(function: Callable[[Task], Result], tasks: Sequence[Task], workers:
     if started:
         ray.init(log_to_driver=False, include_dashboard=False)
     remote = ray.remote(max_retries=3)(function)
-    num_cpus = ray.cluster_resources().get("CPU", 1)  # type: ignore[no-untyped-call]
+    num_cpus = ray.cluster_resources().get("CPU", 1)
     limit = workers or max(2, 2 * int(num_cpus))
     running: dict[Any, Task] = {}
     try:
