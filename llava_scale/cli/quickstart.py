@@ -140,7 +140,7 @@ def _evaluate(config: Config, shards: Path) -> None:
     from llava_scale.cli.use import evaluate
 
     folder = Path(config.train.output_dir)
-    evaluate(folder / "final", data=str(shards), out=folder / "eval", batch_size=64, ranking=50, device="cpu")
+    evaluate(folder / "final", data=str(shards), out=folder / "eval", batch_size=64, device="cpu")
 
 
 def _answer(config: Config, out: Path) -> None:
