@@ -61,7 +61,7 @@ def load_vision_model(name: str, config: PreTrainedConfig, dtype: torch.dtype) -
     Raises:
         CheckpointError: weights of the vision model are missing.
     """
-    with _quiet():
+    with quiet_loading():
         model, report = AutoModel.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True)
     # Poolers are not used; some checkpoints come without one.
     missing = [key for key in (*report["missing_keys"], *report["mismatched_keys"]) if "pooler" not in str(key)]
@@ -122,7 +122,7 @@ def _test_picture(image_size: int, dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Hold back transformers' report of weights that belong to the text part of a checkpoint."""
     before = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()
