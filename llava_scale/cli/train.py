@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +27,10 @@ def train(
     dry_run: bool = typer.Option(False, "--dry-run", help="Do everything but the steps; write nothing."),
     print_config: bool = typer.Option(False, "--print-config", help="Print the resolved config and stop."),
 ) -> None:
-    """Train as CONFIG says; KEY=VALUE changes a setting: train.steps=100 data.sources.0.weight=2."""
+    """Train as CONFIG says; KEY=VALUE changes a setting: train.steps=100 data.sources.0.weight=2.
+
+    On several devices: torchrun --nproc-per-node 8 --no-python llava-scale train CONFIG
+    """
     from llava_scale.config import load_config, to_yaml
 
     settings = load_config(config, overrides or [])
@@ -38,21 +43,33 @@ def train(
 
 
 def run(settings: Config, *, resume: bool) -> int:
-    """Train with progress on the terminal, and return the exit code."""
+    """Train with progress on the terminal, and return the exit code.
+
+    Under torchrun this is one process of many; the first one talks.
+    """
     from transformers.utils.logging import disable_progress_bar
 
+    from llava_scale.training.parallel import PeerError
+    from llava_scale.training.process_group import open_ranks
     from llava_scale.training.trackers import ConsoleTracker
     from llava_scale.training.trainer import train as run_training
 
     disable_progress_bar()  # one bar is enough
     try:
-        result = run_training(settings, resume=resume, trackers=[ConsoleTracker()])
+        timeout_s = settings.train.parallel.timeout_s
+        with open_ranks(os.environ, device=settings.train.device, timeout_s=timeout_s) as ranks:
+            if not ranks.is_first:
+                logging.getLogger("llava_scale").setLevel(logging.ERROR)
+            result = run_training(settings, resume=resume, trackers=[ConsoleTracker()], ranks=ranks)
+    except PeerError:
+        return 2  # the first process tells why
     except KeyboardInterrupt:
         typer.echo(
             f"stopped at once; continue with: llava-scale train {settings.train.output_dir}/config.yaml --resume"
         )
         return 128 + signal.SIGINT
-    _print_closing(result)
+    if ranks.is_first:
+        _print_closing(result)
     return result.exit_code
 
 

@@ -16,6 +16,28 @@ Count = Annotated[int, Field(ge=1)]
 
 
 @section
+class ParallelConfig:
+    """How the processes of a run share the work; without effect in a run of one process."""
+
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """``ddp``: every process holds the whole model; ``fsdp2``: parameters, gradients and optimizer are sharded."""
+    replicas: Count = 1
+    """Copies of the sharded model (HSDP): the processes form ``replicas`` groups, each with one whole copy."""
+    reshard_after_forward: bool = True
+    """Drop a block's gathered parameters between forward and backward (ZeRO-3); False keeps them (ZeRO-2)."""
+    shard_frozen: bool = True
+    """Shard the frozen part of the language model too; False keeps it whole in every process, which saves traffic."""
+    param_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type in which shards are gathered under ``train.precision: bf16``; float32 doubles the traffic."""
+    reduce_every_row: bool = False
+    """Reduce gradients after every row and hold shards of them only, instead of once a step and hold them whole."""
+    cpu_offload: bool = False
+    """Keep shards and optimizer state in host memory."""
+    timeout_s: Annotated[float, Field(gt=0.0)] = 1800.0
+    """Seconds after which a process that waits for the others gives up."""
+
+
+@section
 class TrainConfig:
     """What is trained, for how long, at which rates."""
 
@@ -50,6 +72,10 @@ class TrainConfig:
     the hardware multiplies it faster (CUDA devices from Ampere on, CPUs with AMX), else fp32."""
     gradient_checkpointing: bool = False
     """Recompute the language model's layers in the backward pass instead of holding them."""
+    compile: bool = False
+    """Compile each block of the language model with torch.compile; takes a minute at the start."""
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    """How the processes of a run share the work."""
     max_bad_steps: Count = 5
     """Steps in a row with a non-finite loss or gradient that stop the run."""
     eval_every: Annotated[int, Field(ge=0)] = 0
@@ -60,6 +86,11 @@ class TrainConfig:
     """Steps between checkpoints; 0 saves at the end only."""
     keep_checkpoints: Count = 2
     """Newest checkpoints kept."""
+    stop_exit_code: Annotated[int, Field(ge=0, le=255)] = 0
+    """Exit code after SIGTERM or SIGUSR1 ended the run with everything saved, for schedulers that requeue on it; 0 is
+    128 plus the signal."""
+    async_checkpoint: bool = False
+    """Write checkpoints in the background; training waits for the copy to host memory only."""
     log_every: Count = 10
     """Steps between lines of the log."""
     loss_chunk: Count = 2048

@@ -8,7 +8,8 @@ A checkpoint is a folder ``step-00000100``::
     config.yaml             the resolved config
     manifest.json           size and SHA-256 of each file above
 
-Frozen parameters are not stored: the config builds them again, and a fingerprint proves that they are the same.
+A sharded run writes one ``shard-*.safetensors`` per rank instead of the first two files. Frozen parameters are not
+stored: the config builds them again, and a fingerprint proves that they are the same.
 """
 
 from __future__ import annotations
@@ -18,17 +19,27 @@ import json
 import logging
 import platform
 import re
+import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
 
 from llava_scale import __version__
 from llava_scale.errors import CheckpointError
-from llava_scale.training.files import atomic_folder, remove_folder
+from llava_scale.training.files import begin_folder, cannot_write, discard_folder, finish_folder, remove_folder
+from llava_scale.training.parallel import Ranks
+from llava_scale.training.tensor_files import (
+    files_of_rank,
+    optimizer_tensors,
+    own_tensors,
+    write_shards,
+    write_shards_later,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,7 +51,6 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
 _MANIFEST, _STATE, _CONFIG = "manifest.json", "state.json", "config.yaml"
-_TRAINABLE, _OPTIMIZER = "trainable.safetensors", "optimizer.safetensors"
 _HASH_BLOCK = 1 << 22
 
 
@@ -53,7 +63,7 @@ class TrainerState:
         total_steps: Steps of the whole run; fixed at its start, because the schedule depends on it.
         loader: State of the data stream after the last finished step.
         counters: State of the counters behind the log.
-        random: States of the global random generators.
+        random: States of the global random generators, one entry a rank.
         frozen: Fingerprint of the frozen parameters.
         config: The resolved config.
     """
@@ -62,7 +72,7 @@ class TrainerState:
     total_steps: int
     loader: dict[str, Any]
     counters: dict[str, Any]
-    random: dict[str, Any]
+    random: list[dict[str, Any]]
     frozen: str
     config: dict[str, Any]
 
@@ -80,30 +90,144 @@ class Search:
     rejected: tuple[tuple[Path, str], ...]
 
 
+class CheckpointWriter:
+    """Writes the checkpoints of a run, all ranks together, one at a time.
+
+    Args:
+        folder: Where they go.
+        keep: Newest ones kept.
+        ranks: All processes of the run; each calls every method.
+        sharded: Whether every rank writes its own part; else the first writes everything.
+        in_background: Return from ``save`` as soon as the tensors are copied to host memory.
+        on_saved: Told of every whole checkpoint, on the first rank.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        ranks: Ranks | None = None,
+        sharded: bool = False,
+        in_background: bool = False,
+        on_saved: Callable[[Path], None] | None = None,
+    ) -> None:
+        self._folder, self._keep, self._sharded, self._in_background = folder, keep, sharded, in_background
+        self._ranks = ranks or Ranks()
+        self._behind = self._ranks.background()
+        self._on_saved = on_saved or (lambda path: None)
+        self._thread: threading.Thread | None = None
+        self._problem: Exception | None = None
+        self._saved: Path | None = None
+
+    def save(self, state: TrainerState, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
+        """Write checkpoint ``state.step``, then remove all but the newest; return its path.
+
+        Raises:
+            CheckpointError: it, or the one before in the background, cannot be written; older checkpoints are left as
+                they are.
+        """
+        self.wait()
+        target = self._folder / f"step-{state.step:08d}"
+        partial = self._ranks.from_first(lambda: begin_folder(target))
+        write = self._prepare(partial, own_tensors(model), optimizer_tensors(optimizer))
+        texts = _texts(state) if self._ranks.is_first else {}
+        if self._in_background:
+            arguments = (write, texts, partial, target, state.step)
+            self._thread = threading.Thread(target=self._guarded, args=arguments, name="checkpoint")
+            self._thread.start()
+        else:
+            self._guarded(write, texts, partial, target, state.step)
+            self.wait()
+        return target
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written in the background.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        problem, self._problem = self._problem, None
+        if problem is not None:
+            raise problem
+        saved, self._saved = self._saved, None
+        if saved is not None and self._ranks.is_first:
+            self._on_saved(saved)
+
+    def _prepare(self, partial: Path, own: dict[str, Tensor], moments: dict[str, Tensor]) -> Callable[[], object]:
+        """What writes the tensors; in the background they are copied before this returns."""
+        group = getattr(self._behind, "group", None)
+        if self._sharded:
+            tensors = {**own, **moments}
+            if self._in_background:
+                return write_shards_later(partial, tensors, group).result
+            return lambda: write_shards(partial, tensors, group)
+        if not self._ranks.is_first:
+            return lambda: None
+        if self._in_background:
+            own, moments = _copied(own), _copied(moments)
+        return lambda: write_whole(partial, own, moments)
+
+    def _guarded(
+        self, write: Callable[[], object], texts: dict[str, str], partial: Path, target: Path, step: int
+    ) -> None:
+        """Write, agree with the other ranks that all went well, and give the checkpoint its name."""
+        try:
+            self._write(write, texts, partial, target, step)
+            self._saved = target
+        except Exception as error:  # whatever it is, it must not be lost with the thread
+            self._problem = error if isinstance(error, CheckpointError) else cannot_write(target, error)
+            self._problem.__cause__ = error.__cause__ or error
+
+    def _write(
+        self, write: Callable[[], object], texts: dict[str, str], partial: Path, target: Path, step: int
+    ) -> None:
+        outcome: dict[str, Any] = {}
+        failed: Exception | None = None
+        try:
+            write()
+            for name, text in texts.items():
+                (partial / name).write_text(text, "utf-8")
+            mine = files_of_rank(partial, self._ranks.rank)
+            if self._ranks.is_first:
+                mine += [path for path in partial.iterdir() if not path.name.startswith("shard-")]
+            outcome["files"] = {path.name: _describe(path) for path in mine}
+        except Exception as error:  # the others must hear of it
+            failed, outcome["problem"] = error, f"{type(error).__name__}: {error}"
+        parts = self._behind.gather(outcome)
+        problems = [f"rank {rank}: {part['problem']}" for rank, part in enumerate(parts) if "problem" in part]
+        if problems:
+            if self._ranks.is_first:
+                discard_folder(partial)
+            if failed is not None:
+                raise failed
+            raise cannot_write(target, problems[0])
+        files = {name: entry for part in parts for name, entry in part["files"].items()}
+        self._behind.from_first(lambda: self._finish(partial, target, files, step))
+
+    def _finish(self, partial: Path, target: Path, files: dict[str, Any], step: int) -> None:
+        manifest = {"format": FORMAT, "step": step, "files": files}
+        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
+        finish_folder(partial, target)
+        for old in list_checkpoints(self._folder)[self._keep :]:
+            try:
+                remove_folder(old)
+            except OSError as error:
+                logger.warning("cannot remove the old checkpoint %s: %s", old, error)
+
+
 def save_checkpoint(
     folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainerState, keep: int
 ) -> Path:
-    """Write checkpoint ``state.step`` into ``folder``, then remove all but the ``keep`` newest; return its path.
+    """Write checkpoint ``state.step`` of a single process into ``folder``, then remove all but the ``keep`` newest.
 
     Raises:
         CheckpointError: it cannot be written; older checkpoints are left as they are.
     """
-    target = folder / f"step-{state.step:08d}"
-    with atomic_folder(target) as partial:
-        save_file(_own_tensors(model), partial / _TRAINABLE)
-        save_file(_optimizer_tensors(optimizer), partial / _OPTIMIZER)
-        (partial / _CONFIG).write_text(yaml.safe_dump(state.config, sort_keys=False, allow_unicode=True), "utf-8")
-        rest = {key: value for key, value in asdict(state).items() if key != "config"}
-        (partial / _STATE).write_text(json.dumps({"versions": _versions(), **rest}), "utf-8")
-        files = {name: _describe(partial / name) for name in (_TRAINABLE, _OPTIMIZER, _CONFIG, _STATE)}
-        manifest = {"format": FORMAT, "step": state.step, "files": files}
-        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
-    for old in list_checkpoints(folder)[keep:]:
-        try:
-            remove_folder(old)
-        except OSError as error:
-            logger.warning("cannot remove the old checkpoint %s: %s", old, error)
-    return target
+    return CheckpointWriter(folder, keep=keep).save(state, model=model, optimizer=optimizer)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -114,15 +238,18 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(named, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def find_checkpoint(folder: Path) -> Search:
+def find_checkpoint(folder: Path, ranks: Ranks | None = None) -> Search:
     """Return the newest whole checkpoint in ``folder``; newer ones that fail their checksums are reported.
+
+    Several ranks share the work of reading; each must call this.
 
     Raises:
         CheckpointError: there are checkpoints, but none of them is whole.
     """
+    ranks = ranks or Ranks()
     rejected: list[tuple[Path, str]] = []
-    for path in list_checkpoints(folder):
-        problem = verify_checkpoint(path)
+    for path in ranks.from_first(lambda: list_checkpoints(folder)):
+        problem = verify_checkpoint(path, ranks)
         if problem is None:
             return Search(found=path, rejected=tuple(rejected))
         rejected.append((path, problem))
@@ -135,14 +262,22 @@ def find_checkpoint(folder: Path) -> Search:
     return Search(found=None, rejected=())
 
 
-def verify_checkpoint(path: Path) -> str | None:
+def verify_checkpoint(path: Path, ranks: Ranks | None = None) -> str | None:
     """Return what is wrong with the checkpoint at ``path`` (sizes and checksums of all files), or None."""
+    ranks = ranks or Ranks()
+    problems = ranks.gather(_verify_share(path, ranks))
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def _verify_share(path: Path, ranks: Ranks) -> str | None:
     try:
         manifest = json.loads((path / _MANIFEST).read_text("utf-8"))
         if manifest["format"] != FORMAT:
             return f"format {manifest['format']}, this version reads {FORMAT}"
-        for name in (_TRAINABLE, _OPTIMIZER, _CONFIG, _STATE):
-            size, digest = manifest["files"][name]["size"], manifest["files"][name]["sha256"]
+        entries = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        if not {_STATE, _CONFIG} < set(entries):
+            return f"{_MANIFEST} names no tensors"
+        for name, (size, digest) in sorted(entries.items())[ranks.rank :: ranks.size]:
             found = (path / name).stat().st_size
             if found != size:
                 return f"{name} has {found} bytes instead of {size}"
@@ -150,7 +285,7 @@ def verify_checkpoint(path: Path) -> str | None:
                 return f"{name} does not match its checksum"
     except OSError as error:
         return f"{error.filename or path}: {error.strerror or error}"
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{_MANIFEST} is damaged ({type(error).__name__}: {error})"
     return None
 
@@ -169,26 +304,22 @@ def load_state(path: Path) -> TrainerState:
     return TrainerState(**{item.name: values[item.name] for item in fields(TrainerState)})
 
 
-def restore(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Load trained parameters, buffers and optimizer state from a whole checkpoint.
-
-    Raises:
-        CheckpointError: names or shapes differ from the model's.
-    """
-    _load_own_tensors(model, load_file(path / _TRAINABLE), path)
-    _load_optimizer(optimizer, load_file(path / _OPTIMIZER), path)
-
-
-def frozen_fingerprint(model: nn.Module) -> str:
+def frozen_fingerprint(model: nn.Module, ranks: Ranks | None = None) -> str:
     """Return a hash over names, shapes, types and every bit of the frozen parameters.
 
-    The sums run on the parameters' device in exact integer arithmetic, so every device gives the same hash.
+    The sums run on the parameters' device in exact integer arithmetic, so every device gives the same hash. Several
+    ranks share the work; each must call this, with a model that is whole.
     """
+    ranks = ranks or Ranks()
+    frozen = sorted((name, value) for name, value in model.named_parameters() if not value.requires_grad)
+    own = [
+        f"{name} {tuple(value.shape)} {value.dtype} {_checksum(value.detach())}\n"
+        for name, value in frozen[ranks.rank :: ranks.size]
+    ]
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if not parameter.requires_grad:
-            shape = tuple(parameter.shape)
-            digest.update(f"{name} {shape} {parameter.dtype} {_checksum(parameter.detach())}\n".encode())
+    shares = ranks.gather(own)
+    for number in range(len(frozen)):
+        digest.update(shares[number % ranks.size][number // ranks.size].encode())
     return digest.hexdigest()
 
 
@@ -204,58 +335,16 @@ def _checksum(tensor: Tensor) -> int:
     return int(total)
 
 
-def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Trained parameters and persistent buffers by name: what two runs of one config can differ in."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    own = {name: value for name, value in model.state_dict().items() if name not in parameters}
-    own.update({name: value for name, value in model.named_parameters() if value.requires_grad})
-    return {name: value.detach().contiguous() for name, value in own.items()}
-
-
-@torch.no_grad()
-def _load_own_tensors(model: nn.Module, stored: dict[str, Tensor], path: Path) -> None:
-    own = _own_tensors(model)
-    _expect_same_names(stored, own, f"{path / _TRAINABLE}")
-    targets = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-    for name, value in stored.items():
-        if value.shape != own[name].shape or value.dtype != own[name].dtype:
-            raise CheckpointError(
-                f"{path / _TRAINABLE}: {name} is {value.dtype} {tuple(value.shape)}, the model's is "
-                f"{own[name].dtype} {tuple(own[name].shape)}; resume with the config that wrote the checkpoint"
-            )
-        targets[name].copy_(value)
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _texts(state: TrainerState) -> dict[str, str]:
+    rest = {key: value for key, value in asdict(state).items() if key != "config"}
     return {
-        f"{name}/{entry}": value.detach().contiguous()
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["names"], group["params"], strict=True)
-        for entry, value in optimizer.state.get(parameter, {}).items()
+        _CONFIG: yaml.safe_dump(state.config, sort_keys=False, allow_unicode=True),
+        _STATE: json.dumps({"versions": _versions(), **rest}),
     }
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Tensor], path: Path) -> None:
-    entries: dict[str, dict[str, Tensor]] = {}
-    for key, value in stored.items():
-        name, _, entry = key.rpartition("/")
-        entries.setdefault(name, {})[entry] = value
-    names = [name for group in optimizer.param_groups for name in group["names"]]
-    unknown = sorted(set(entries) - set(names))
-    if unknown:
-        raise CheckpointError(f"{path / _OPTIMIZER}: unknown parameters {unknown[:5]}; the trained modules changed")
-    plain = optimizer.state_dict()
-    plain["state"] = {number: entries[name] for number, name in enumerate(names) if name in entries}
-    optimizer.load_state_dict(plain)
-
-
-def _expect_same_names(stored: dict[str, Tensor], own: dict[str, Tensor], place: str) -> None:
-    missing, unexpected = sorted(set(own) - set(stored)), sorted(set(stored) - set(own))
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{place}: {len(missing)} names missing {missing[:5]}, {len(unexpected)} unexpected {unexpected[:5]}; "
-            "resume with the config that wrote the checkpoint"
-        )
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.to("cpu", copy=True) for name, value in tensors.items()}
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -26,23 +26,51 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the folder cannot be written (disk full, no permission); nothing else was touched.
     """
+    partial = begin_folder(target)
+    try:
+        yield partial
+        finish_folder(partial, target)
+    except (OSError, SafetensorError) as error:
+        discard_folder(partial)
+        raise cannot_write(target, error) from error
+    except BaseException:
+        discard_folder(partial)
+        raise
+
+
+def begin_folder(target: Path) -> Path:
+    """Make an empty folder beside ``target``, to be filled and then handed to ``finish_folder``.
+
+    Raises:
+        CheckpointError: it cannot be made.
+    """
     partial = target.with_name(f".{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_folder(partial)
         partial.mkdir()
-        yield partial
-        _sync_tree(partial)
-        _replace(partial, target)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"cannot write {target}: {error}; free space or choose another train.output_dir, then continue with "
-            "--resume (earlier checkpoints are untouched)"
-        ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    except OSError as error:
+        raise cannot_write(target, error) from error
+    return partial
+
+
+def finish_folder(partial: Path, target: Path) -> None:
+    """Give a filled folder the name of ``target``, once everything in it is on disk."""
+    _sync_tree(partial)
+    _replace(partial, target)
+
+
+def discard_folder(partial: Path) -> None:
+    """Remove a folder that will not be finished."""
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def cannot_write(target: Path, reason: object) -> CheckpointError:
+    """The error of a folder that could not be written."""
+    return CheckpointError(
+        f"cannot write {target}: {reason}; free space or choose another train.output_dir, then continue with "
+        "--resume (earlier checkpoints are untouched)"
+    )
 
 
 def atomic_text(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from llava_scale.errors import TrainingError
+from llava_scale.training.parallel import Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +28,7 @@ class BadStep:
 
     Attributes:
         step: Its number, counted like the log's: steps finished after it.
-        keys: Keys of its samples on this rank.
+        keys: Keys of its samples, of all ranks.
     """
 
     step: int
@@ -47,13 +48,15 @@ class FiniteGuard:
 
     Args:
         max_in_a_row: Bad steps in a row that end the run.
+        ranks: All processes of the run, which see the same outcomes.
 
     Attributes:
         num_bad: Bad steps so far.
         num_in_a_row: Bad steps directly before the next one.
     """
 
-    def __init__(self, max_in_a_row: int) -> None:
+    def __init__(self, max_in_a_row: int, ranks: Ranks | None = None) -> None:
+        self._ranks = ranks or Ranks()
         self.max_in_a_row = max_in_a_row
         self.num_bad = 0
         self.num_in_a_row = 0
@@ -84,8 +87,9 @@ class FiniteGuard:
                 continue
             self.num_bad += 1
             self.num_in_a_row += 1
-            bad.append(BadStep(item.step, item.keys))
-            shown = ", ".join(item.keys[:20]) + (f" and {len(item.keys) - 20} more" if len(item.keys) > 20 else "")
+            keys = tuple(key for part in self._ranks.gather(item.keys) for key in part)
+            bad.append(BadStep(item.step, keys))
+            shown = ", ".join(keys[:20]) + (f" and {len(keys) - 20} more" if len(keys) > 20 else "")
             logger.warning("step %d: loss or gradient is not finite; step left out. Samples: %s", item.step, shown)
             if self.num_in_a_row >= self.max_in_a_row:
                 raise TrainingError(

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from types import FrameType, TracebackType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class StopRequest:
-    """Context that turns the first SIGINT or SIGTERM into a request; the second one acts as usual.
+    """Context that turns the first SIGINT, SIGTERM or SIGUSR1 into a request; the second one acts as usual.
+
+    Schedulers warn with SIGTERM or, where told so, with SIGUSR1.
 
     Handlers are installed in the main thread only, and put back at the end.
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llava_scale.training.parallel import Ranks
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -54,10 +56,15 @@ class Meter:
     Args:
         device: Where the losses are.
         row_length: Tokens that a row could hold; 0 where rows are as long as their samples.
+        ranks: All processes of the run: each counts its own rows, and lines are about all of them together.
+
+    Attributes:
+        total: Counts of this process; those of earlier parts of the run are the first one's.
     """
 
-    def __init__(self, *, device: torch.device, row_length: int) -> None:
+    def __init__(self, *, device: torch.device, row_length: int, ranks: Ranks | None = None) -> None:
         self.total = Counts()
+        self._ranks = ranks or Ranks()
         self._mark = Counts()
         self._device = device
         self._row_length = row_length
@@ -97,13 +104,14 @@ class Meter:
         self._clock = now
 
     def line(self, *, step: int, lr: float, grad_norm: Tensor | None) -> dict[str, Any]:
-        """Return the log's line after ``step`` steps and begin the next one. Waits for the device.
+        """Return the log's line after ``step`` steps and begin the next one. Waits for the device and all ranks.
 
         Counts are since the start of the run; ``loss`` (nats a supervised token), rates and shares are over the
         steps since the last line.
         """
         loss_sum, loss_tokens = self._loss.tolist()
-        now, window = self.total, self.total.since(self._mark)
+        now = self.everywhere()
+        window = now.since(self._mark)
         self._loss.zero_()
         self._mark = replace(now)
         num_tokens = window.text_tokens + window.visual_tokens
@@ -124,16 +132,29 @@ class Meter:
             "supervised_tokens": now.supervised_tokens,
             "skipped": now.skipped,
             "seconds": round(now.seconds, 3),
-            "memory_gib": round(memory_gib(self._device), 3),
+            "memory_gib": round(max(self._ranks.gather(memory_gib(self._device))), 3),
         }
 
+    def everywhere(self) -> Counts:
+        """Counts over all ranks; times are the mean. All ranks must call it."""
+        names, times = [item.name for item in fields(Counts)], ("seconds", "wait_s")
+        if self._ranks.size == 1:
+            return replace(self.total)
+        sums = self._ranks.totals([getattr(self.total, name) for name in names])
+        everywhere = Counts()
+        for name, value in zip(names, sums, strict=True):
+            setattr(everywhere, name, value / self._ranks.size if name in times else int(value))
+        return everywhere
+
     def state_dict(self) -> dict[str, Any]:
-        """Counters as plain values. Waits for the device."""
-        return {"total": asdict(self.total), "mark": asdict(self._mark), "loss": self._loss.tolist()}
+        """Counters as plain values, the same on every rank. Waits for the device and all ranks."""
+        return {"total": asdict(self.everywhere()), "mark": asdict(self._mark), "loss": self._loss.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state_dict``'s counters."""
-        self.total, self._mark = Counts(**state["total"]), Counts(**state["mark"])
+        total, self._mark = Counts(**state["total"]), Counts(**state["mark"])
+        self.total = total if self._ranks.is_first else Counts()
+        self.total.seconds, self.total.wait_s = total.seconds, total.wait_s
         self._loss.copy_(torch.tensor(state["loss"], dtype=torch.float64))
 
 

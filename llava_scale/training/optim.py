@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -75,6 +76,8 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """
     owners = [parameter for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm([owner.grad for owner in owners if owner.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(owners, max_norm, norm)
     return norm
@@ -86,5 +89,6 @@ def step_where(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
     The fused kernel reads the flag on the device, as it does under a gradient scaler; the loop does not wait for it.
     """
     optimizer.grad_scale = None  # type: ignore[attr-defined]
-    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+    place = optimizer.param_groups[0]["params"][0].device  # the host, for offloaded shards
+    optimizer.found_inf = (~finite).float().to(place)  # type: ignore[attr-defined]
     optimizer.step()

@@ -14,12 +14,19 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from llava_scale.training.parallel import Ranks
+
 
 def seed_everything(seed: int) -> None:
     """Seed Python's, numpy's and torch's global generators; called once at the entry of a run."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def seed_rank(seed: int, ranks: Ranks) -> None:
+    """Seed as ``seed_everything`` with draws of its own for each rank; the first one's are those of a lone process."""
+    seed_everything((seed + 0x9E3779B1 * ranks.rank) % 2**63)
 
 
 def random_states(device: torch.device) -> dict[str, Any]:

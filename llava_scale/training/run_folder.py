@@ -43,8 +43,12 @@ HARMLESS = (
     "train.keep_checkpoints",
     "train.log_every",
     "train.device",
+    "train.compile",
+    "train.parallel.*",
+    "train.async_checkpoint",
+    "train.stop_exit_code",
 )
-"""Settings that a resumed run may change: none of them changes what is computed in a step."""
+"""Settings that a resumed run may change: none of them changes what is computed in a step, but for rounding."""
 
 
 @dataclass(frozen=True)

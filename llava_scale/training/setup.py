@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from llava_scale.errors import CheckpointError, ConfigError
-from llava_scale.training.checkpoint import find_checkpoint, frozen_fingerprint, load_state, restore, set_aside
+from llava_scale.training.checkpoint import find_checkpoint, frozen_fingerprint, load_state, set_aside
+from llava_scale.training.engine import Engine, make_engine
 from llava_scale.training.optim import build_optimizer
 from llava_scale.training.parallel import Ranks
-from llava_scale.training.randomness import seed_everything, set_random_states
+from llava_scale.training.randomness import seed_everything, seed_rank, set_random_states
 from llava_scale.training.recipe import Recipe, apply_recipe, plan_recipe, set_training_modes
 from llava_scale.training.run_folder import RunFolder, check_same_run
 from llava_scale.training.summary import RunSummary, summarize
+from llava_scale.training.tensor_files import restore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -64,7 +66,7 @@ class Parts:
     """What a run is put together from.
 
     Attributes:
-        model: On its device.
+        model: Whole, on the CPU.
         processor: Saved beside the model at the end.
         stream: Training batches, without end.
         open_eval: Opens the held-out batches from their start; None if there are none.
@@ -87,6 +89,7 @@ class Run:
         precision: ``bf16`` or ``fp32``, chosen for the device where the config leaves it open.
         ranks: This process among those of the run.
         parts: Model and data.
+        engine: The model as these ranks train it.
         recipe: What is trained.
         optimizer: Over the recipe's parameters.
         frozen: Fingerprint of the others.
@@ -101,6 +104,7 @@ class Run:
     precision: str
     ranks: Ranks
     parts: Parts
+    engine: Engine
     recipe: Recipe
     optimizer: torch.optim.AdamW
     frozen: str
@@ -126,6 +130,7 @@ class Run:
             total_steps=self.total_steps,
             steps_per_epoch=self.parts.stream.steps_per_epoch(),
             output_dir=self.folder.path,
+            num_ranks=self.ranks.size,
         )
 
 
@@ -156,12 +161,13 @@ def build_parts(config: Config, device: torch.device, ranks: Ranks, skipped_log:
         skipped_log=skipped_log,
         **shared,
     )
+    among: dict[str, Any] = {"rows_per_step": ranks.size, "rank": ranks.rank, "world_size": ranks.size}
     has_eval = bool(config.data.eval_sources or config.data.holdout)
     return Parts(
-        model=model.to(device),
+        model=model,
         processor=processor,
         stream=stream,
-        open_eval=(lambda: open_stream(config.data, rows_per_step=1, split="eval", **shared)) if has_eval else None,
+        open_eval=(lambda: open_stream(config.data, split="eval", **among, **shared)) if has_eval else None,
     )
 
 
@@ -171,6 +177,7 @@ def prepare_run(
     resume: bool,
     write: bool,
     cleanup: ExitStack,
+    ranks: Ranks | None = None,
     build: Callable[[Config, torch.device, Ranks, Path | None], Parts] = build_parts,
 ) -> Run:
     """Check everything, build everything, and load the newest checkpoint of a resumed run.
@@ -180,56 +187,75 @@ def prepare_run(
         resume: Continue from the newest whole checkpoint, or from step 0 if there is none yet.
         write: Make the run folder; False leaves the disk as it is.
         cleanup: Takes what must be closed at the end.
+        ranks: All processes of the run; each must call this. Alone if None.
         build: Makes model and data.
 
     Raises:
         ConfigError: settings contradict, or differ from those of the run that is resumed.
         CheckpointError: there are checkpoints, but none that fits.
     """
+    ranks = ranks or Ranks()
     folder = RunFolder(Path(config.train.output_dir))
-    folder.check_startable(resume=resume)
-    checkpoint = _newest_checkpoint(folder, rename_damaged=write) if resume else None
+    ranks.from_first(lambda: folder.check_startable(resume=resume))
+    checkpoint = _newest_checkpoint(folder, ranks, rename_damaged=write) if resume else None
     state = load_state(checkpoint) if checkpoint else None
     if state is not None and checkpoint is not None:
         check_same_run(state.config, config, checkpoint)
-    device, ranks = _choose_device(config), Ranks()
+    device = _choose_device(config, ranks)
     seed_everything(config.seed)
     parts = build(config, device, ranks, folder.skipped if write else None)
     cleanup.callback(parts.stream.close)
     recipe = plan_recipe(parts.model, config.train)
     _prepare_model(parts.model, recipe, config)
+    precision = _choose_precision(config, device)
+    sharded = ranks.size > 1 and config.train.parallel.strategy == "fsdp2"
+    frozen = frozen_fingerprint(parts.model if sharded else parts.model.to(device), ranks)
+    engine = make_engine(
+        parts.model,
+        ranks,
+        device,
+        config.train.parallel,
+        half=precision == "bf16",
+        compiled=config.train.compile,
+    )
     run = Run(
         config=config,
         folder=folder,
         device=device,
-        precision=_choose_precision(config, device),
+        precision=precision,
         ranks=ranks,
         parts=parts,
+        engine=engine,
         recipe=recipe,
         optimizer=build_optimizer(parts.model, recipe, config.train),
-        frozen=frozen_fingerprint(parts.model),
-        total_steps=state.total_steps if state else _total_steps(config, parts.stream),
+        frozen=frozen,
+        total_steps=state.total_steps if state else ranks.from_first(lambda: _total_steps(config, parts.stream)),
         state=state,
         checkpoint=checkpoint,
     )
     if write:
-        folder.create(config)
-        folder.rewind(run.start_step)
+        ranks.from_first(lambda: _open_folder(folder, config, run.start_step))
     _restore(run)
     return run
 
 
-def _newest_checkpoint(folder: RunFolder, *, rename_damaged: bool) -> Path | None:
-    search = find_checkpoint(folder.checkpoints)
-    for path, problem in search.rejected:
-        place = set_aside(path) if rename_damaged else path
-        logger.warning("checkpoint %s is damaged (%s) and passed over; it lies in %s", path.name, problem, place)
-    if search.found is None:
-        logger.warning("no checkpoint in %s yet: starting at step 0", folder.checkpoints)
+def _open_folder(folder: RunFolder, config: Config, start_step: int) -> None:
+    folder.create(config)
+    folder.rewind(start_step)
+
+
+def _newest_checkpoint(folder: RunFolder, ranks: Ranks, *, rename_damaged: bool) -> Path | None:
+    search = find_checkpoint(folder.checkpoints, ranks)
+    if ranks.is_first:
+        for path, problem in search.rejected:
+            place = set_aside(path) if rename_damaged else path
+            logger.warning("checkpoint %s is damaged (%s) and passed over; it lies in %s", path.name, problem, place)
+        if search.found is None:
+            logger.warning("no checkpoint in %s yet: starting at step 0", folder.checkpoints)
     return search.found
 
 
-def _choose_device(config: Config) -> torch.device:
+def _choose_device(config: Config, ranks: Ranks) -> torch.device:
     name = config.train.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -237,7 +263,7 @@ def _choose_device(config: Config) -> torch.device:
         raise ConfigError(f"train.device: {name!r} is unknown; choose auto, cpu or cuda")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"train.device is {name}, but torch sees no CUDA device; llava-scale doctor tells more")
-    return torch.device(name)
+    return torch.device("cuda", ranks.local_rank) if name == "cuda" and ranks.size > 1 else torch.device(name)
 
 
 def _choose_precision(config: Config, device: torch.device) -> str:
@@ -278,16 +304,19 @@ def _total_steps(config: Config, stream: BatchStream) -> int:
 def _restore(run: Run) -> None:
     """Put model, optimizer, stream and random generators where the checkpoint left them, or at the run's start."""
     if run.state is None or run.checkpoint is None:
-        seed_everything(run.config.seed)  # whatever building the model has drawn
+        seed_rank(run.config.seed, run.ranks)  # whatever building the model has drawn
         return
     if run.frozen != run.state.frozen:
         raise CheckpointError(
             f"{run.checkpoint}: the frozen parameters are not those that the run was started with; was a pretrained "
             "model, model.init_from or a library that draws random weights changed since?"
         )
-    restore(run.checkpoint, model=run.parts.model, optimizer=run.optimizer)
+    restore(run.checkpoint, model=run.parts.model, optimizer=run.optimizer, sharded=run.engine.is_sharded)
     run.parts.stream.load_state_dict(run.state.loader)
-    set_random_states(run.state.random, run.device)
+    if len(run.state.random) == run.ranks.size:
+        set_random_states(run.state.random[run.ranks.rank], run.device)
+    else:  # another number of processes: fresh draws, the same whenever it is resumed so
+        seed_rank(run.config.seed + run.start_step, run.ranks)
 
 
 def _device_name(device: torch.device) -> str:

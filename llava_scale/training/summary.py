@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,7 @@ class TrainResult:
         checkpoint: Newest checkpoint.
         final_dir: Folder for ``from_pretrained``; None if the run was stopped before its end.
         stopped_by: Number of the signal that stopped the run, or None.
+        stop_exit_code: Exit code for it; 0 is 128 plus the signal.
     """
 
     output_dir: Path
@@ -105,11 +107,15 @@ class TrainResult:
     checkpoint: Path | None
     final_dir: Path | None
     stopped_by: int | None
+    stop_exit_code: int = 0
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects: 0, or 128 plus the signal."""
-        return 128 + self.stopped_by if self.stopped_by is not None else 0
+        """What a shell expects: 0, or 128 plus the signal; what a scheduler requeues on, where the config names it."""
+        if self.stopped_by is None:
+            return 0
+        requeue = self.stop_exit_code and self.stopped_by != signal.SIGINT
+        return self.stop_exit_code if requeue else 128 + self.stopped_by
 
     @property
     def next_command(self) -> str:
@@ -121,12 +127,13 @@ class TrainResult:
 
 def summarize(
     config: Config, *, model: nn.Module, recipe: Recipe, device: str, precision: str, num_samples: int,
-    start_step: int, total_steps: int, steps_per_epoch: float, output_dir: Path,
+    start_step: int, total_steps: int, steps_per_epoch: float, output_dir: Path, num_ranks: int = 1,
 ) -> RunSummary:  # fmt: skip
     """Return the opening summary of a run that is ready to start."""
     packing, rows = config.data.packing, config.train.rows_per_step
     by_tokens = packing.mode == "tokens"
     size = f"{packing.row_length:,} tokens" if by_tokens else f"{packing.samples_per_row:,} samples"
+    shared = f" over {num_ranks} processes ({config.train.parallel.strategy})" if num_ranks > 1 else ""
     full = f" = {rows * packing.row_length:,} tokens at most" if by_tokens and rows > 1 else ""
     return RunSummary(
         name=config.name,
@@ -138,7 +145,7 @@ def summarize(
         start_step=start_step,
         total_steps=total_steps,
         epochs=total_steps / steps_per_epoch if steps_per_epoch else 0.0,
-        step_size=f"{rows} row{'s' if rows > 1 else ''} of {size}{full}",
+        step_size=f"{rows} row{'s' if rows > 1 else ''} of {size}{full}{shared}",
         memory=estimate_memory(
             model, config.train, precision=precision, row_tokens=packing.row_length if by_tokens else 0
         ),

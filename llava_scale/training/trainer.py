@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llava_scale.config import to_dict
+from llava_scale.errors import ConfigError
 from llava_scale.model import row_inputs
-from llava_scale.training.checkpoint import TrainerState, list_checkpoints, save_checkpoint
+from llava_scale.training.checkpoint import CheckpointWriter, TrainerState, list_checkpoints
 from llava_scale.training.evaluate import held_out_loss
-from llava_scale.training.files import atomic_folder
+from llava_scale.training.export import write_model
 from llava_scale.training.guard import FiniteGuard
 from llava_scale.training.interrupt import StopRequest
 from llava_scale.training.metrics import Meter
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llava_scale.config import Config
+    from llava_scale.training.parallel import Ranks
     from llava_scale.types import PackedRow, StepBatch
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ def train(
     evaluate: Callable[[Any, Any, int], dict[str, float]] | None = None,
     on_log: Callable[[dict[str, Any]], None] | None = None,
     trackers: Sequence[Tracker] = (),
+    ranks: Ranks | None = None,
 ) -> TrainResult:
     """Train as ``config`` says, in ``config.train.output_dir``.
 
@@ -57,9 +60,11 @@ def train(
         evaluate: Called as ``evaluate(model, processor, step)`` after each held-out evaluation; what it returns is
             logged under ``eval/``.
         on_log: Called with each line of the log.
-        trackers: Further ones, beside ``log.jsonl``.
+        trackers: Further ones, beside ``log.jsonl``; on the first rank only.
+        ranks: All processes of the run (``process_group.open_ranks``), each of which calls this; alone if None.
 
-    SIGINT and SIGTERM end the run after the step in hand, with a checkpoint; ``stopped_by`` of the result tells.
+    SIGINT, SIGTERM and SIGUSR1 end the run after the step in hand (of several ranks: after the next one at the
+    latest), with a checkpoint; ``stopped_by`` of the result tells.
 
     Raises:
         ConfigError: settings are wrong, or the folder holds another run.
@@ -68,9 +73,12 @@ def train(
         CheckpointError: a checkpoint cannot be written, or none can be read.
     """
     with ExitStack() as cleanup:
-        run = prepare_run(config, resume=resume, write=True, cleanup=cleanup)
+        run = prepare_run(config, resume=resume, write=True, cleanup=cleanup, ranks=ranks)
+        if evaluate is not None and run.engine.is_sharded:
+            raise ConfigError("a sharded model cannot generate during training; leave evaluate out or use strategy ddp")
         extra = [CallbackTracker(on_log)] if on_log else []
-        tracker = Trackers([JsonlTracker(run.folder.log), *extra, *trackers])
+        members = [JsonlTracker(run.folder.log), *extra, *trackers] if run.ranks.is_first else []
+        tracker = Trackers(members)
         cleanup.callback(tracker.close)
         cleanup.enter_context(deterministic_kernels(run.device))
         stop = cleanup.enter_context(StopRequest())
@@ -104,11 +112,21 @@ class Trainer:
     ) -> None:
         self.run, self.tracker, self.stop, self.evaluate = run, tracker, stop, evaluate
         self.config, self.device, self.ranks = run.config.train, run.device, run.ranks
-        self.model, self.optimizer = run.parts.model, run.optimizer
+        self.model, self.engine, self.optimizer = run.parts.model, run.engine, run.optimizer
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         packing = run.config.data.packing
-        self.meter = Meter(device=run.device, row_length=packing.row_length if packing.mode == "tokens" else 0)
-        self.guard = FiniteGuard(self.config.max_bad_steps)
+        row_length = packing.row_length if packing.mode == "tokens" else 0
+        self.meter = Meter(device=run.device, row_length=row_length, ranks=run.ranks)
+        self.guard = FiniteGuard(self.config.max_bad_steps, run.ranks)
+        self.writer = CheckpointWriter(
+            run.folder.checkpoints,
+            keep=self.config.keep_checkpoints,
+            ranks=run.ranks,
+            sharded=run.engine.is_sharded,
+            in_background=self.config.async_checkpoint,
+            on_saved=lambda path: tracker.note(f"saved {path}"),
+        )
+        self._stopping = False
         self.step, self.lr, self.grad_norm = run.start_step, 0.0, torch.zeros(())
         self.saved_step = None if run.state is None else run.state.step
         if run.state is not None:
@@ -120,15 +138,20 @@ class Trainer:
         self._evaluate_if_due()  # for a run that was stopped just before it
         self.meter.start_clock()
         batches = iter(self.run.parts.stream)
-        while self.step < self.run.total_steps and not self.ranks.any(bool(self.stop)):
+        while self.step < self.run.total_steps and not self._must_stop():
             batch = self._next_batch(batches)
             if batch is None:
                 break
             self._train_step(batch)
             self._after_step()
         self._save()
+        self.writer.wait()
         done = self.step == self.run.total_steps
-        return self._result(final=done and self.stop.signal is None)
+        return self._result(final=done and not self.ranks.any(bool(self.stop)))
+
+    def _must_stop(self) -> bool:
+        """Whether a stop was asked for; several ranks have agreed on it in the step before."""
+        return bool(self.stop) if self.ranks.size == 1 else self._stopping
 
     def _next_batch(self, batches: Iterator[StepBatch]) -> StepBatch | None:
         """Wait for the next batch; None if a request to stop took the loader's worker processes along."""
@@ -136,7 +159,7 @@ class Trainer:
         try:
             batch = next(batches)
         except RuntimeError as error:
-            if not self.stop:
+            if not self.stop or self.ranks.size > 1:
                 raise
             logger.warning("no further batch after the request to stop: %s", error)
             return None
@@ -146,10 +169,13 @@ class Trainer:
     def _train_step(self, batch: StepBatch) -> None:
         """Forward and backward over every row, then one update."""
         assert batch.step == self.step, f"the stream handed out batch {batch.step} for step {self.step}"
-        num_tokens = self.ranks.total(sum(row.num_supervised for row in batch.rows))
+        own_tokens = sum(row.num_supervised for row in batch.rows)
+        num_tokens, num_stops = map(int, self.ranks.totals((own_tokens, bool(self.stop))))
+        self._stopping = num_stops > 0
         loss = torch.zeros((), device=self.device)
-        for row in batch.rows:
-            loss += self._backward(row, num_tokens)
+        for number, row in enumerate(batch.rows, start=1):
+            loss += self._backward(row, num_tokens, last=number == len(batch.rows))
+        self.ranks.sum_(loss)
         self.grad_norm = clip_gradients(self.trained, self.config.max_grad_norm).to(self.device)
         finite = torch.isfinite(loss) & torch.isfinite(self.grad_norm)
         self.lr = set_learning_rates(self.optimizer, self._lr_factor(self.step))
@@ -159,16 +185,17 @@ class Trainer:
         self.meter.add_loss(loss, num_tokens, finite)
         self.guard.watch(self.step, tuple(key for row in batch.rows for key in row.keys), finite)
 
-    def _backward(self, row: PackedRow, num_tokens: int) -> Tensor:
+    def _backward(self, row: PackedRow, num_tokens: int, *, last: bool) -> Tensor:
         """Add a row's gradients; return its share of the step's loss (scalar on the device)."""
         self.meter.add_row(row)
-        with self._autocast():
-            output = self.model(
-                **row_inputs(row, device=self.device),
-                num_items_in_batch=max(num_tokens, 1),
-                loss_chunk=self.config.loss_chunk,
-            )
-        output.loss.backward()
+        with self.engine.micro_step(last=last):
+            with self._autocast():
+                output = self.engine.forward(
+                    **row_inputs(row, device=self.device),
+                    num_items_in_batch=max(num_tokens, 1),
+                    loss_chunk=self.config.loss_chunk,
+                )
+            output.loss.backward()
         loss: Tensor = output.loss.detach()
         return loss
 
@@ -197,11 +224,12 @@ class Trainer:
         due = self.step == self.run.total_steps or (every and self.step and self.step % every == 0)
         if not due or (self.run.parts.open_eval is None and self.evaluate is None):
             return
-        if any(line["step"] == self.step for line in self.run.folder.evaluations()):
+        if self.ranks.from_first(lambda: any(line["step"] == self.step for line in self.run.folder.evaluations())):
             return
         with untouched_randomness(self.device):
             self.model.eval()
             scores = self._scores()
+            self.engine.end_evaluation()
             set_training_modes(self.model)
         if scores:
             self.tracker.log({"step": self.step, **scores})
@@ -221,6 +249,7 @@ class Trainer:
                     max_rows=self.config.eval_rows,
                     loss_chunk=self.config.loss_chunk,
                     stop=self.stop,
+                    ranks=self.ranks,
                 )
         if scores is not None and self.evaluate is not None:
             found = self.evaluate(self.model, self.run.parts.processor, self.step)
@@ -237,31 +266,24 @@ class Trainer:
             total_steps=self.run.total_steps,
             loader=self.run.parts.stream.state_dict(),
             counters={"meter": self.meter.state_dict(), "guard": self.guard.state_dict()},
-            random=random_states(self.device),
+            random=self.ranks.gather(random_states(self.device)),
             frozen=self.run.frozen,
             config=to_dict(self.run.config),
         )
-        keep = self.config.keep_checkpoints
-        path = save_checkpoint(
-            self.run.folder.checkpoints, model=self.model, optimizer=self.optimizer, state=state, keep=keep
-        )
+        self.writer.save(state, model=self.model, optimizer=self.optimizer)
         self.saved_step = self.step
-        self.tracker.note(f"step {self.step}: saved {path}")
 
     def _write_final(self) -> None:
         """Write model and processor for ``from_pretrained``."""
-        with atomic_folder(self.run.folder.final) as partial:
-            self.model.eval()
-            model: Any = self.model
-            model.save_pretrained(partial)
-            self.run.parts.processor.save_pretrained(partial)
+        self.model.eval()
+        write_model(self.run.folder.final, self.engine, self.run.parts.processor, self.ranks)
 
     def _result(self, *, final: bool) -> TrainResult:
         if final:
             self._write_final()
         losses = [line["loss"] for line in self.run.folder.lines() if "loss" in line]
         evaluations = self.run.folder.evaluations()
-        checkpoints, total = list_checkpoints(self.run.folder.checkpoints), self.meter.total
+        checkpoints, total = list_checkpoints(self.run.folder.checkpoints), self.meter.everywhere()
         return TrainResult(
             output_dir=self.run.folder.path,
             steps=self.step,
@@ -276,8 +298,13 @@ class Trainer:
             bad_steps=self.guard.num_bad,
             checkpoint=checkpoints[0] if checkpoints else None,
             final_dir=self.run.folder.final if final else None,
-            stopped_by=None if final else self.stop.signal,
+            stopped_by=None if final else self._signal(),
+            stop_exit_code=self.config.stop_exit_code,
         )
+
+    def _signal(self) -> int | None:
+        """The signal that one of the ranks got."""
+        return next((number for number in self.ranks.gather(self.stop.signal) if number is not None), None)
 
     def _lr_factor(self, step: int) -> float:
         return lr_factor(

@@ -28,15 +28,17 @@ def picture(color: str, seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_shards(folder: Path, *, num_samples: int, num_shards: int = 2, broken: Iterable[int] = ()) -> Path:
-    """Pictures of one colour with a question about it; every fifth sample is text only."""
+def write_shards(
+    folder: Path, *, num_samples: int, num_shards: int = 2, broken: Iterable[int] = (), text_every: int = 5
+) -> Path:
+    """Pictures of one colour with a question about it; every ``text_every``-th sample is text only."""
     folder.mkdir(parents=True)
     broken = set(broken)
     for shard in range(num_shards):
         with tarfile.open(folder / f"shard-{shard:05d}.tar", "w") as tar:
             for number in range(shard, num_samples, num_shards):
                 color = list(COLORS)[number % len(COLORS)]
-                with_picture = number % 5 != 4
+                with_picture = number % text_every != text_every - 1
                 question = "<image>\nWhat color is it?" if with_picture else f"Say {color}. " + "Now. " * (number % 7)
                 turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"It is {color}."}]
                 key = f"{number:04d}"

@@ -16,20 +16,20 @@ from llava_scale.training.checkpoint import (
     frozen_fingerprint,
     list_checkpoints,
     load_state,
-    restore,
     save_checkpoint,
     set_aside,
     verify_checkpoint,
 )
 from llava_scale.training.optim import build_optimizer
 from llava_scale.training.recipe import apply_recipe, plan_recipe
+from llava_scale.training.tensor_files import restore
 
 STATE = TrainerState(
     step=7,
     total_steps=9,
     loader={"positions": [3, 4]},
     counters={"seconds": 0.1},
-    random={"torch": "AA=="},
+    random=[{"torch": "AA=="}],
     frozen="f",
     config={"train": {"learning_rate": 1e-05, "adam_betas": [0.9, 0.95]}},
 )

@@ -1,0 +1,90 @@
+"""What the processes of a test do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from llava_scale.config.load import parse_config
+from llava_scale.training import setup, trainer
+from llava_scale.training.parallel import Ranks
+
+NUMBERS = ("step", "loss", "grad_norm", "lr", "samples", "text_tokens", "visual_tokens", "supervised_tokens", "skipped")
+
+
+def train(ranks: Ranks, tree: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """Train as the config tree says.
+
+    Options: ``resume``; ``stop_after`` a step, by a signal to the last rank.
+    """
+    media = {"with": 0, "without": 0}
+    backward = trainer.Trainer._backward
+
+    def counting(self, row, num_tokens, *, last):
+        media["without" if row.pixel_values is None else "with"] += 1
+        if options.get("stop_after") == self.step + 1 and ranks.rank == ranks.size - 1 and not self.stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return backward(self, row, num_tokens, last=last)
+
+    trainer.Trainer._backward = counting
+    try:
+        config = parse_config(tree, origin="test")
+        result = trainer.train(config, resume=options.get("resume", False), ranks=ranks)
+    finally:
+        trainer.Trainer._backward = backward
+    return {"steps": result.steps, "stopped_by": result.stopped_by, "samples": result.samples, "rows": media}
+
+
+def train_all(ranks: Ranks, runs: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Several runs, one after the other."""
+    return [train(ranks, tree, **options) for tree, options in runs]
+
+
+def trained_lines(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """The numbers in the log of a run."""
+    text = (Path(tree["train"]["output_dir"]) / "log.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [{key: line[key] for key in NUMBERS} for line in lines if "lr" in line]
+
+
+def held_out_losses(tree: dict[str, Any]) -> list[float]:
+    """The held-out losses in the log of a run."""
+    text = (Path(tree["train"]["output_dir"]) / "log.jsonl").read_text()
+    return [line["eval/loss"] for line in map(json.loads, text.splitlines()) if "eval/loss" in line]
+
+
+def different_weights(ranks: Ranks, strategy: str) -> str:
+    """The error of ranks that did not build the same model."""
+    import torch
+
+    from llava_scale.config.train import ParallelConfig
+    from llava_scale.errors import TrainingError
+    from llava_scale.training.engine import make_engine
+
+    torch.manual_seed(ranks.rank)
+    blocks = torch.nn.ModuleList([torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)])
+    model = torch.nn.ModuleDict({"language_model": torch.nn.ModuleDict({"layers": blocks})})
+    config = ParallelConfig(strategy=strategy)  # type: ignore[arg-type]
+    try:
+        make_engine(model, ranks, torch.device("cpu"), config, half=False, compiled=False)
+    except TrainingError as error:
+        return str(error)
+    return ""
+
+
+def first_decides(ranks: Ranks) -> list[str]:
+    """What each rank gets of the first one's value, of its error of ours, and of any other error."""
+
+    def fail(error: Exception) -> Any:
+        raise error
+
+    found = [str(ranks.from_first(lambda: f"rank {ranks.rank}"))]
+    for error in (setup.ConfigError("no such thing"), ZeroDivisionError("oh")):
+        try:
+            ranks.from_first(lambda error=error: fail(error))  # type: ignore[misc]
+        except Exception as caught:
+            found.append(f"{type(caught).__name__}: {caught}")
+    return found
