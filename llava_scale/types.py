@@ -6,6 +6,7 @@ Legend: ``S`` tokens in a row, ``K`` samples in a row, ``F`` frames, ``C`` chann
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ class PackedRow:
         audio_values: Waveforms or features of all sounds in order (set by the audio tower's front end), or None.
         audio_grids: One grid a sound.
         audio_num_tokens: Tokens each sound takes in ``input_ids``.
-        instructions: Per medium, in order of appearance over all kinds: the human turns of its sample without
+        instructions: For each picture, then each video, then each sound: the human turns of its sample without
             placeholders.
         keys: Keys of the samples, in order.
         skipped: Samples that were planned into this row and could not be used.
@@ -176,6 +177,11 @@ class PackedRow:
     def num_visual_tokens(self) -> int:
         """Tokens that pictures and videos take in the row."""
         return sum(self.image_num_tokens) + sum(self.video_num_tokens)
+
+    @property
+    def num_visual_features(self) -> int:
+        """Tokens that pictures and videos had before compression."""
+        return sum(prod(grid) for grid in (*self.image_grids, *self.video_grids))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> PackedRow:
         """Return the row with its tensors on ``device``."""

@@ -19,7 +19,7 @@ class CompressedTokens(NamedTuple):
     Attributes:
         tokens: ``(B, M, D)``, in raster and time order of their anchors.
         positions: ``(B, M)`` int64, position of each token's anchor in the grid it came from.
-        sizes: ``(B, M)`` float32, how many tokens of the grid each one stands for.
+        sizes: ``(B, M)``, float32 or that of float64 tokens: how many tokens of the grid each one stands for.
         group: ``(B, N)`` int64, which output each token of the grid went into, -1 where it went into none; None for
             compressors whose outputs have no such members.
     """

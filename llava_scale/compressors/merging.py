@@ -90,7 +90,7 @@ def apply_merge(x_BND: Tensor, plan: MergePlan, sizes_BN: Tensor | None = None) 
     Sums are taken in float32 whatever the type of the tokens.
     """
     num_kept = plan.kept.shape[1]
-    of_input = _ones(x_BND) if sizes_BN is None else sizes_BN.float()
+    of_input = _ones(x_BND) if sizes_BN is None else sizes_BN.to(_size_type(x_BND))
     sizes = of_input.new_zeros(plan.kept.shape).scatter_add(1, plan.group, of_input)
     weights = of_input / sizes.gather(1, plan.group)
     tokens: Tensor = _GroupMean.apply(x_BND, plan.group, weights, sizes_BN is None, num_kept)  # type: ignore[no-untyped-call]
@@ -105,7 +105,11 @@ def gather_tokens(x_BND: Tensor, positions_BM: Tensor) -> Tensor:
 
 
 def _ones(x_BND: Tensor) -> Tensor:
-    return torch.ones(x_BND.shape[:2], dtype=torch.float32, device=x_BND.device)
+    return torch.ones(x_BND.shape[:2], dtype=_size_type(x_BND), device=x_BND.device)
+
+
+def _size_type(x_BND: Tensor) -> torch.dtype:
+    return torch.float64 if x_BND.dtype == torch.float64 else torch.float32
 
 
 def _row_starts(num_batch: int, num_tokens: int, device: torch.device) -> Tensor:

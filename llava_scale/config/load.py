@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -98,31 +98,52 @@ def _slot(node: dict[str, Any] | list[Any], part: str, override: str) -> Any:
 
 
 def _explain(problem: Any) -> str:
-    place = ".".join(str(part) for part in problem["loc"])
+    location, context = problem["loc"], problem.get("ctx", {})
+    place = ".".join(str(part) for part in _without_tags(location))
     if problem["type"] == "unexpected_keyword_argument":
-        known = _fields_at(problem["loc"][:-1])
-        return f"unknown key {place!r}; {suggest(str(problem['loc'][-1]), known)}"
+        known = _fields_at(location[:-1])
+        return f"unknown key {place!r}; {suggest(str(location[-1]), known)}"
+    if problem["type"] == "union_tag_invalid":
+        known = [str(tag).strip("'") for tag in context["expected_tags"].split(", ")]
+        return f"{place}.type: unknown {place.rpartition('.')[2]} {context['tag']!r}; {suggest(context['tag'], known)}"
+    if problem["type"] == "union_tag_not_found":
+        return f"{place}: say which with a type, for example {place}={{type: ...}}, got {problem.get('input')!r}"
     shown = problem.get("input")
     return f"{place}: {problem['msg']}, got {shown!r}"
 
 
 def _fields_at(location: tuple[str | int, ...]) -> list[str]:
-    """Names of the fields of the section at ``location``, following lists into their items."""
-    node: Any = Config
+    """Names of the fields of the section at ``location``."""
+    sections = _walk(location)[-1]
+    return [item.name for item in dataclasses.fields(sections[0])] if len(sections) == 1 else []
+
+
+def _without_tags(location: tuple[str | int, ...]) -> list[str | int]:
+    """``location`` as people write it: without the types that choose one of several sections."""
+    before = _walk(location)
+    return [part for part, sections in zip(location, before, strict=False) if not _is_choice(sections)]
+
+
+def _walk(location: tuple[str | int, ...]) -> list[list[Any]]:
+    """Sections that could stand at each place before a part of ``location``, and after the last."""
+    found: list[list[Any]] = [[Config]]
     for part in location:
+        sections = found[-1]
         if isinstance(part, int):
-            continue
-        node = _section_of(get_type_hints(node).get(part))
-        if node is None:
-            return []
-    return [item.name for item in dataclasses.fields(node)]
+            found.append(sections)
+        elif _is_choice(sections):
+            found.append([section for section in sections if part in get_args(get_type_hints(section)["type"])])
+        else:
+            hints = get_type_hints(sections[0]) if sections else {}
+            found.append(_sections_of(hints.get(part)))
+    return found
 
 
-def _section_of(annotation: Any) -> Any:
+def _is_choice(sections: list[Any]) -> bool:
+    return len(sections) > 1
+
+
+def _sections_of(annotation: Any) -> list[Any]:
     if dataclasses.is_dataclass(annotation):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        found = _section_of(inner)
-        if found is not None:
-            return found
-    return None
+        return [annotation]
+    return [section for inner in get_args(annotation) for section in _sections_of(inner)]

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from llava_scale.config.base import section
+from llava_scale.config.compressor import CompressorConfig
 from llava_scale.errors import ConfigError
 
 
@@ -49,6 +50,8 @@ class ModelConfig:
     """``pad`` keeps the shape on a square of the mean colour; ``resize`` stretches."""
     projector: ProjectorConfig = Field(default_factory=ProjectorConfig)
     """Between vision tower and language model."""
+    compressor: CompressorConfig | None = None
+    """Fewer visual tokens: ``{type: token_merging, ratio: 0.5}`` or another ``type``; none leaves all of them."""
     torch_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type in which weights are held."""
 

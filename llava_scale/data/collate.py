@@ -279,7 +279,7 @@ def lay_out(
         audio_values=_joined(torch.stack, media.tensors["audio"], "sounds"),
         audio_grids=media.grids("audio"),
         audio_num_tokens=media.num_tokens("audio"),
-        instructions=tuple(media.instructions),
+        instructions=media.instructions(),
         keys=tuple(sample.key for sample in samples),
         skipped=skipped,
         step=step,
@@ -298,17 +298,20 @@ class _Collected:
 
     tensors: dict[MediaKind, list[Tensor]] = field(default_factory=lambda: {kind: [] for kind in MEDIA_KINDS})
     tokens: dict[MediaKind, list[MediaTokens]] = field(default_factory=lambda: {kind: [] for kind in MEDIA_KINDS})
-    instructions: list[str] = field(default_factory=list)
+    questions: dict[MediaKind, list[str]] = field(default_factory=lambda: {kind: [] for kind in MEDIA_KINDS})
 
     def add(self, sample: PreparedSample) -> None:
         for kind, tensors in sample.media.items():
             self.tensors[kind] += tensors
         for kind, tokens in sample.tokens.items():
             self.tokens[kind] += tokens
-            self.instructions += [sample.instruction] * len(tokens)
+            self.questions[kind] += [sample.instruction] * len(tokens)
 
     def grids(self, kind: MediaKind) -> tuple[Grid, ...]:
         return tuple(counted.grid for counted in self.tokens[kind])
+
+    def instructions(self) -> tuple[str, ...]:
+        return tuple(question for kind in MEDIA_KINDS for question in self.questions[kind])
 
     def num_tokens(self, kind: MediaKind) -> tuple[int, ...]:
         return tuple(counted.num_tokens for counted in self.tokens[kind])

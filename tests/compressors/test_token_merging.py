@@ -188,8 +188,7 @@ def test_gradients_are_right_at_every_step_of_the_ramp(step):
     assert torch.autograd.gradcheck(lambda x: module(x, (1, 6, 6), context).tokens, (x,), eps=1e-8, atol=1e-6)
     if step is None:
         weighted = lambda x: module(x, (1, 6, 6), context, sizes=sizes).tokens  # noqa: E731
-        # sizes are float32
-        assert torch.autograd.gradcheck(weighted, (x,), eps=1e-6, atol=1e-4)
+        assert torch.autograd.gradcheck(weighted, (x,), eps=1e-8, atol=1e-6)
 
 
 def test_sizes_weigh_the_mean_and_add_up():
