@@ -38,6 +38,25 @@ class ParallelConfig:
 
 
 @section
+class LoraConfig:
+    """Low-rank adapters instead of whole weights; the weights beside them are frozen."""
+
+    rank: Annotated[int, Field(ge=0)] = 0
+    """Rank of the adapters; 0 for none."""
+    alpha: NonNegative = 16.0
+    """Adapters count ``alpha / rank`` times."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout before the adapters."""
+    targets: str = ""
+    """Regular expression on whole names of linear layers, as ``language_model.*(q|v)_proj``; every linear layer in the
+    language model's blocks if empty."""
+    dora: bool = False
+    """Learn the lengths of the weights' rows as well (DoRA)."""
+    quantize: Literal["", "nf4"] = ""
+    """Hold the adapted weights in four bits (QLoRA); needs bitsandbytes."""
+
+
+@section
 class TrainConfig:
     """What is trained, for how long, at which rates."""
 
@@ -45,6 +64,8 @@ class TrainConfig:
     """``align`` trains projector and compressors; ``instruct`` also the language model."""
     trainable: dict[str, float] = Field(default_factory=dict)
     """Regular expression on parameter names -> learning rate (0 freezes); later rules win over the stage's."""
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    """Adapters beside the language model's weights."""
     output_dir: str = "runs/train"
     """Run folder: config, log, checkpoints, final model."""
     steps: Annotated[int, Field(ge=0)] = 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llava_scale.errors import ConfigError
+from llava_scale.training.lora import is_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -16,10 +17,11 @@ if TYPE_CHECKING:
     from llava_scale.config import TrainConfig
 
 STAGES: dict[str, tuple[str, ...]] = {
-    "align": (r"projector\.",),
-    "instruct": (r"projector\.", r"language_model\."),
+    "align": (r"(?!language_model\.|\w*tower\.)",),
+    "instruct": (r"(?!\w*tower\.)",),
 }
-"""Regular expressions (matched at the start of a parameter's name) that each stage trains at the peak rate."""
+"""Regular expressions (matched at the start of a parameter's name) that each stage trains at the peak rate: what lies
+between towers and language model, and the language model itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +68,7 @@ def plan_recipe(model: nn.Module, config: TrainConfig) -> Recipe:
     """Return the learning rate of every trained parameter of ``model``.
 
     The stage's rules come first, then ``train.trainable`` in its order; the last rule that matches the start of a
-    name wins, and a rate of 0 freezes.
+    name wins, and a rate of 0 freezes. With adapters the stage trains these instead of the language model.
 
     Raises:
         ConfigError: a rule is no regular expression, a rule matches nothing, or nothing is left to train.
@@ -76,6 +78,9 @@ def plan_recipe(model: nn.Module, config: TrainConfig) -> Recipe:
     for pattern in STAGES[config.stage]:
         for name in _matching(pattern, sizes):
             rates[name] = config.learning_rate
+    if config.lora.rank:
+        rates.update({name: 0.0 for name in sizes if name.startswith("language_model.") or ".base_layer." in name})
+        rates.update({name: config.learning_rate for name in sizes if is_adapter(name)})
     for pattern, rate in config.trainable.items():
         if rate < 0:
             raise ConfigError(f"train.trainable: the learning rate of {pattern!r} is {rate}; it must not be negative")

@@ -14,6 +14,7 @@ import torch
 from llava_scale.errors import CheckpointError, ConfigError
 from llava_scale.training.checkpoint import find_checkpoint, frozen_fingerprint, load_state, set_aside
 from llava_scale.training.engine import Engine, make_engine
+from llava_scale.training.lora import add_adapters
 from llava_scale.training.optim import build_optimizer
 from llava_scale.training.parallel import Ranks
 from llava_scale.training.randomness import seed_everything, seed_rank, set_random_states
@@ -205,6 +206,7 @@ def prepare_run(
     seed_everything(config.seed)
     parts = build(config, device, ranks, folder.skipped if write else None)
     cleanup.callback(parts.stream.close)
+    _add_adapters(parts.model, config, device, ranks)
     recipe = plan_recipe(parts.model, config.train)
     _prepare_model(parts.model, recipe, config)
     precision = _choose_precision(config, device)
@@ -237,6 +239,20 @@ def prepare_run(
         ranks.from_first(lambda: _open_folder(folder, config, run.start_step))
     _restore(run)
     return run
+
+
+def _add_adapters(model: nn.Module, config: Config, device: torch.device, ranks: Ranks) -> None:
+    lora = config.train.lora
+    if not lora.rank:
+        unused = [name for name in ("dora", "quantize", "targets") if getattr(lora, name)]
+        if unused:
+            raise ConfigError(f"train.lora.{unused[0]} needs adapters: set train.lora.rank, for example to 16")
+        return
+    if config.train.stage == "align":
+        raise ConfigError("train.lora.rank adapts the language model, which stage align leaves alone; use instruct")
+    if lora.quantize and ranks.size > 1 and config.train.parallel.strategy == "fsdp2":
+        raise ConfigError("weights in four bits cannot be sharded; use train.parallel.strategy=ddp")
+    add_adapters(model, lora, device)
 
 
 def _open_folder(folder: RunFolder, config: Config, start_step: int) -> None:

@@ -30,8 +30,8 @@ TRAINABLE, OPTIMIZER = "trainable.safetensors", "optimizer.safetensors"
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Trained parameters and persistent buffers by name: what two runs of one config can differ in."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    own = {name: value for name, value in model.state_dict().items() if name not in parameters}
+    buffers = {name for name, _ in model.named_buffers()}
+    own = {name: value for name, value in model.state_dict().items() if name in buffers}
     own.update({name: value for name, value in model.named_parameters() if value.requires_grad})
     return {name: value.detach() for name, value in own.items()}
 
