@@ -17,6 +17,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.nn import functional
 
+from llava_scale.data.containers import MediaLimits, opened, packets_of, seconds, sound_end_s
 from llava_scale.data.jpeg import UPRIGHT, decode_jpeg, exif_orientation, jpeg_header
 from llava_scale.data.names import EXTENSIONS
 from llava_scale.errors import ConfigError, SampleError, ShapeError, suggest
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow opens a multi-picture MPO as its JPEG
 _DEEP_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N")
-_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mp3,wav,w64,flac,ogg,aac"
-"""What FFmpeg may open; playlists are left out because they name other files and URLs."""
-
 _BAND_PIXELS = 1 << 18
 """Pixels of a padded band of rows; small enough for the processor's cache."""
 
@@ -65,15 +63,17 @@ def decode_image(data: bytes, *, max_pixels: int) -> Tensor:
 
 
 def probe(ext: str, data: bytes) -> MediaInfo:
-    """Size, frames and duration of a medium from its header; nothing is decoded.
+    """Size, frames and duration of a medium; nothing is decoded.
+
+    What a container's header does not tell (frames of WebM and Matroska, the length of some MP3s) is counted from its
+    packets.
 
     Args:
         ext: File extension without dot; it decides the kind.
         data: The whole file.
 
     Returns:
-        Width and height of pictures as they are after EXIF orientation. What a container does not tell is 0
-        (frames of WebM and Matroska).
+        Width and height of pictures as they are after EXIF orientation, of videos as they are stored.
 
     Raises:
         SampleError: unknown extension, or a header that cannot be read.
@@ -134,7 +134,7 @@ class ImageTransform:
             SampleError: as ``decode_image``.
             ShapeError: if ``out`` has another shape or type.
         """
-        pixels = _decode(data, max_pixels=self.max_pixels, reduction_for=self._reduction)
+        pixels = _decode(data, max_pixels=self.max_pixels, reduction_for=self.reduction)
         return self._fit(torch.from_numpy(pixels), out)
 
     def from_tensor(self, pixels: Tensor, out: Tensor | None = None) -> Tensor:
@@ -145,10 +145,12 @@ class ImageTransform:
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3 or not pixels.numel():
             raise ShapeError(f"pixels must be uint8 (3, H, W), got {pixels.dtype} {tuple(pixels.shape)}")
-        return self._fit(pixels.permute(1, 2, 0).clone(memory_format=torch.contiguous_format), out)
+        own = pixels.permute(1, 2, 0)
+        own = own.clone(memory_format=torch.contiguous_format) if out is None else own.contiguous()
+        return self._fit(own, out)
 
-    def _reduction(self, width: int, height: int) -> int:
-        """How far a JPEG may be shrunk while decoding without shifting the picture against its padding."""
+    def reduction(self, width: int, height: int) -> int:
+        """How far a picture may be shrunk while decoding without shifting it against its padding: 1, 2, 4 or 8."""
         if not self.jpeg_scaling:
             return 1
         if self.aspect == "resize":
@@ -304,27 +306,39 @@ def _deep_grey(values: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _probe_container(kind: MediaKind, data: bytes) -> MediaInfo:
-    import av  # slow to import and not needed for pictures
+    with opened(data, kind) as container:
+        stream = container.streams.best("video" if kind == "video" else "audio")
+        if stream is None or stream.codec_context is None:
+            raise SampleError(f"{kind} file without {'pictures' if kind == 'video' else 'sound'} that can be decoded")
+        if kind == "audio":
+            return MediaInfo(kind="audio", duration_s=_sound_seconds(container, stream, data))
+        num_frames, duration_s = stream.frames, seconds(stream.duration, stream.time_base)
+        if not num_frames or duration_s is None:
+            num_frames, duration_s = _count_frames(container, stream)
+        size = {"width": stream.codec_context.width, "height": stream.codec_context.height}
+        return MediaInfo(kind="video", **size, num_frames=num_frames, duration_s=duration_s)
 
-    if not data:
-        raise SampleError(f"empty {kind} file (0 bytes)")
-    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "none"}
-    try:
-        with av.open(io.BytesIO(data), mode="r", options=options) as container:
-            streams: Any = container.streams.video if kind == "video" else container.streams.audio
-            if not streams:
-                raise SampleError(f"{kind} file without {'pictures' if kind == 'video' else 'sound'}")
-            stream = streams[0]
-            if stream.duration is not None and stream.time_base is not None:
-                duration_s = float(stream.duration * stream.time_base)
-            else:
-                duration_s = (container.duration or 0) / av.time_base
-            if kind == "audio":
-                return MediaInfo(kind="audio", duration_s=duration_s)
-            size = {"width": stream.width, "height": stream.height}
-            return MediaInfo(kind="video", **size, num_frames=stream.frames, duration_s=duration_s)
-    except (av.FFmpegError, ValueError) as error:
-        raise SampleError(f"unreadable {kind} file: {_reason(error)}") from error
+
+def _sound_seconds(container: Any, stream: Any, data: bytes) -> float:
+    """Length by the header, else by the packets."""
+    begin_s = seconds(stream.start_time, stream.time_base) or 0.0
+    length_s = sound_end_s(container, stream, data, begin_s)
+    if length_s is not None:
+        return length_s
+    durations = (packet.duration or 0 for packet in packets_of(container, stream, MediaLimits()))
+    return float(sum(durations) * stream.time_base)
+
+
+def _count_frames(container: Any, stream: Any) -> tuple[int, float]:
+    """Frames and seconds that they are shown for, by the packets."""
+    packets = [(p.pts, p.duration or 0) for p in packets_of(container, stream, MediaLimits()) if not p.is_discard]
+    stamps = sorted((pts, duration) for pts, duration in packets if pts is not None)
+    if len(stamps) < len(packets) or not packets:
+        rate = float(stream.average_rate or stream.guessed_rate or 25)
+        return len(packets), len(packets) / rate
+    typical = (stamps[-1][0] - stamps[0][0]) / max(1, len(stamps) - 1)
+    span = stamps[-1][0] - stamps[0][0] + (stamps[-1][1] or typical)
+    return len(packets), float(span * stream.time_base)
 
 
 def _reason(error: Exception) -> str:
