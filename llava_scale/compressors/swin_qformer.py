@@ -99,6 +99,10 @@ class QueryCompressor(nn.Module):
         """Answers ``(B, Q, C)`` of one set of queries to each of ``x_BND``."""
         raise NotImplementedError
 
+    def reset_parameters(self) -> None:
+        """Draw all parameters afresh from the global generator."""
+        raise NotImplementedError
+
 
 class SwinQFormer(QueryCompressor):
     """Layers of cross-attention to the question, windowed cross-attention to the tokens, and a feed-forward network.

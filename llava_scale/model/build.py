@@ -19,7 +19,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llava_scale.config import ModelConfig
+from llava_scale.config import CompressorConfig, ModelConfig, to_dict
+from llava_scale.config.compressor import CLIP_TEXT, QFormerConfig
 from llava_scale.errors import CheckpointError, ConfigError
 from llava_scale.model.attention import PACKED
 from llava_scale.model.configuration import OPENAI_MEAN, OPENAI_STD, CustomVisionConfig, LlavaScaleConfig
@@ -28,6 +29,7 @@ from llava_scale.model.modeling import LlavaScaleForConditionalGeneration, build
 from llava_scale.model.presets import (
     TINY_IMAGE_MEAN,
     TINY_IMAGE_STD,
+    tiny_instruction_config,
     tiny_text_config,
     tiny_tokenizer,
     tiny_vision_config,
@@ -40,6 +42,12 @@ from llava_scale.towers.hub import (
     read_image_stats,
     vision_config_of,
     whole_features,
+)
+from llava_scale.towers.instruction import (
+    InstructionTower,
+    instruction_config_of,
+    instruction_tokenizer_of,
+    load_instruction_model,
 )
 from llava_scale.towers.vision import own_image_size
 from llava_scale.types import PLACEHOLDERS
@@ -79,13 +87,16 @@ def build_model(config: ModelConfig, *, chat_template: str, seed: int) -> BuiltM
         add_placeholders(tokenizer)
         language_model = _language_model(config, tokenizer, dtype)
         full, tower = _config_and_tower(config, language_model.config, dtype)
+        reader, question_tokenizer = _instruction_tower(config, full, dtype)
         for kind, placeholder in PLACEHOLDERS.items():
             setattr(full, f"{kind}_token_id", tokenizer.convert_tokens_to_ids(placeholder))
-        _keep_weights(tower, language_model)
-        model = LlavaScaleForConditionalGeneration(full, vision_tower=tower, language_model=language_model).to(dtype)
+        _keep_weights(tower, language_model, *([reader] if reader else []))
+        model = LlavaScaleForConditionalGeneration(
+            full, vision_tower=tower, language_model=language_model, instruction_tower=reader
+        ).to(dtype)
         if config.projector.match_embedding_scale:
             match_embedding_scale(model, seed=seed)
-    return _finish(model.eval(), tokenizer, chat_template)
+    return _finish(model.eval(), tokenizer, question_tokenizer, chat_template)
 
 
 def build_processor(config: ModelConfig, *, chat_template: str) -> LlavaScaleProcessor:
@@ -105,7 +116,12 @@ def build_processor(config: ModelConfig, *, chat_template: str) -> LlavaScalePro
     with _seeded(0):
         full, tower = _config_and_tower(config, tiny_text_config(len(tokenizer)), getattr(torch, config.torch_dtype))
     full.chat_template_name = chat_template
-    return LlavaScaleProcessor.for_tower(full, tower, tokenizer)
+    question_tokenizer = None
+    reader = _reader_name(config)
+    if reader:
+        full.instruction_config = instruction_config_of(reader)
+        question_tokenizer = instruction_tokenizer_of(reader)
+    return LlavaScaleProcessor.for_tower(full, tower, tokenizer, question_tokenizer)
 
 
 def load_processor(path: str | Path, *, chat_template: str = "") -> LlavaScaleProcessor:
@@ -142,6 +158,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
                 f"{path}: {len(keys)} {problem.replace('_', ' ')}, first {keys[0]!r}; the checkpoint is torn or "
                 "belongs to another model"
             )
+    if processor.reads_questions:
+        model.question_encoder = processor.encode_questions
     return model.to(device).eval(), processor
 
 
@@ -193,23 +211,45 @@ def _rms(values: Tensor) -> Tensor:
 
 
 def _continue_from(config: ModelConfig, dtype: torch.dtype, chat_template: str) -> BuiltModel:
-    changed = ModelConfig(init_from=config.init_from, torch_dtype=config.torch_dtype)
-    if config != changed:
+    kept = ModelConfig(init_from=config.init_from, torch_dtype=config.torch_dtype, compressor=config.compressor)
+    if config != kept:
         raise ConfigError(
             "model.init_from takes towers, projector and language model from the checkpoint; "
-            "of the other model fields only torch_dtype may be set beside it"
+            "of the other model fields only torch_dtype and compressor may be set beside it"
         )
     model, processor = load_model(config.init_from, dtype=dtype)
+    if config.compressor is not None:
+        _exchange_compressor(model, config.compressor)
     model.config.chat_template_name = chat_template
-    return _finish(model, processor.tokenizer, chat_template)
+    return _finish(model, processor.tokenizer, processor.question_tokenizer, chat_template)
+
+
+def _exchange_compressor(model: LlavaScaleForConditionalGeneration, section: CompressorConfig) -> None:
+    """Compress in another way from now on, if neither way has weights and the projector's width stays."""
+    before, fields = model.config.compressor, to_dict(section)
+    if fields == before:
+        return
+    fixed = ("qformer", "pixel_shuffle", "tome")
+    if fields["type"] in fixed or (before is not None and before["type"] in fixed):
+        raise ConfigError(
+            f"model.compressor: {fields['type']} cannot take the place of {before and before['type']} in a trained "
+            "checkpoint, whose weights belong to it; leave it out, or choose one without weights for both"
+        )
+    model.set_compressor(section)
+    model.config.compressor = fields
 
 
 def _finish(
-    model: LlavaScaleForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, chat_template: str
+    model: LlavaScaleForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    question_tokenizer: PreTrainedTokenizerBase | None,
+    chat_template: str,
 ) -> BuiltModel:
     """Add the processor, and tell ``generate`` when to stop."""
     model.config.chat_template_name = chat_template
-    processor = LlavaScaleProcessor.for_model(model, tokenizer)
+    processor = LlavaScaleProcessor.for_model(model, tokenizer, question_tokenizer)
+    if processor.reads_questions:
+        model.question_encoder = processor.encode_questions
     generation = model.generation_config
     generation.eos_token_id = sorted(processor.chat_encoder.eos_ids)
     generation.pad_token_id = tokenizer.pad_token_id
@@ -276,6 +316,7 @@ def _config_and_tower(
     full = LlavaScaleConfig(
         text_config=text_config,
         projector={"type": config.projector.type, "input_norm": config.projector.input_norm},
+        compressor=None if config.compressor is None else to_dict(config.compressor),
         vision_feature_layer=config.vision_feature_layer,
         vision_feature_select=config.vision_feature_select,
         image_aspect_ratio=config.image_aspect_ratio,
@@ -287,6 +328,27 @@ def _config_and_tower(
     if isinstance(tower, TransformersVisionTower):
         check_cut(tower, expected)
     return full, tower
+
+
+def _reader_name(config: ModelConfig) -> str:
+    """Name of the text encoder that reads questions; empty where none are read."""
+    return config.compressor.instruction_tower if isinstance(config.compressor, QFormerConfig) else ""
+
+
+def _instruction_tower(
+    config: ModelConfig, full: LlavaScaleConfig, dtype: torch.dtype
+) -> tuple[InstructionTower | None, PreTrainedTokenizerBase | None]:
+    """Reader of questions and its tokenizer, where the compressor asks for them; its config goes into ``full``."""
+    name = _reader_name(config)
+    if not name:
+        return None, None
+    if config.preset and name == CLIP_TEXT:
+        tokenizer, pretrained = tiny_tokenizer(), None
+        full.instruction_config = tiny_instruction_config(len(tokenizer))
+    else:
+        tokenizer, full.instruction_config = instruction_tokenizer_of(name), instruction_config_of(name)
+        pretrained = load_instruction_model(name, full.instruction_config, dtype)
+    return InstructionTower(full.instruction_config, model=pretrained).to(dtype), tokenizer
 
 
 def _warn_of_unused(config: ModelConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, CLIPTextConfig, CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
 from llava_scale.errors import ConfigError
 
@@ -33,12 +33,14 @@ class CustomVisionConfig(PreTrainedConfig):
 
 
 class LlavaScaleConfig(PreTrainedConfig):
-    """Vision tower, projector and language model of one checkpoint.
+    """Vision tower, compressor, projector and language model of one checkpoint.
 
     Args:
         vision_config: Config of a transformers vision model, as it was before cutting, or a ``CustomVisionConfig``.
         text_config: Config of a causal language model of transformers.
+        instruction_config: Config of the text encoder that reads questions; None where none are read.
         projector: ``type`` and ``input_norm`` of the projector.
+        compressor: Fields of ``model.compressor``; None where all tokens stay.
         vision_feature_layer: Hidden state of the tower that is used; see ``towers.vision``.
         vision_feature_select: ``patch`` or ``full``.
         image_size: Side of the square picture in pixels.
@@ -57,13 +59,19 @@ class LlavaScaleConfig(PreTrainedConfig):
     """
 
     model_type = "llava_scale"
-    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}  # noqa: RUF012
+    sub_configs = {  # noqa: RUF012
+        "vision_config": AutoConfig,
+        "text_config": AutoConfig,
+        "instruction_config": AutoConfig,
+    }
 
     def __init__(
         self,
         vision_config: dict[str, Any] | PreTrainedConfig | None = None,
         text_config: dict[str, Any] | PreTrainedConfig | None = None,
+        instruction_config: dict[str, Any] | PreTrainedConfig | None = None,
         projector: dict[str, Any] | None = None,
+        compressor: dict[str, Any] | None = None,
         vision_feature_layer: int = -2,
         vision_feature_select: str = "patch",
         image_size: int = 0,
@@ -79,6 +87,8 @@ class LlavaScaleConfig(PreTrainedConfig):
     ) -> None:
         self.vision_config = _sub_config(vision_config, default=CLIPVisionConfig)
         self.text_config = _sub_config(text_config, default=LlamaConfig)
+        self.instruction_config = instruction_config and _sub_config(instruction_config, default=CLIPTextConfig)
+        self.compressor = compressor
         self.projector = {"type": "mlp2x_gelu", "input_norm": False, **(projector or {})}
         self.vision_feature_layer = vision_feature_layer
         self.vision_feature_select = _one_of("vision_feature_select", vision_feature_select, FEATURE_SELECTS)

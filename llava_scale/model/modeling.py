@@ -1,14 +1,13 @@
-"""The model: tower, projector, splice, language model, loss.
+"""The model: tower, compressor, projector, splice, language model, loss.
 
 Legend: ``B`` rows, ``S`` tokens in a row, ``I`` pictures, ``N`` tokens of a picture, ``D`` width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +16,14 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from llava_scale.compressors import Projector, build_projector
+from llava_scale.compressors import Projector, QueryCompressor, build_projector
 from llava_scale.errors import ConfigError, ShapeError
 from llava_scale.model.attention import PACKED, PackedLayout, packed_pass
 from llava_scale.model.configuration import CustomVisionConfig, LlavaScaleConfig
 from llava_scale.model.head import LogitHead
 from llava_scale.model.loss import LOSS_CHUNK, next_token_targets, summed_cross_entropy
 from llava_scale.model.splice import check_count, splice
+from llava_scale.model.visual import VisualInputs, VisualPath, compressor_section
 from llava_scale.towers import (
     CustomVisionTower,
     PixelNormalizer,
@@ -31,6 +31,14 @@ from llava_scale.towers import (
     VisionTower,
     restore_constants,
 )
+from llava_scale.towers.instruction import InstructionTower
+
+if TYPE_CHECKING:
+    from llava_scale.towers.instruction import Encoded
+    from llava_scale.types import Grid
+
+MEDIA_INPUTS = ("pixel_values", "pixel_values_videos", "video_grids", "instruction_ids", "instruction_mask")
+"""Arguments of ``forward`` that belong to media, and go into the first step of generation only."""
 
 
 @dataclass
@@ -54,13 +62,18 @@ class LlavaScaleOutput(ModelOutput):
     image_hidden_states: Tensor | None = None
 
 
-class LlavaScaleForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """A vision tower, a projector and a causal language model as one model of transformers.
+class LlavaScaleForConditionalGeneration(VisualPath, PreTrainedModel, GenerationMixin):
+    """A vision tower, a compressor, a projector and a causal language model as one model of transformers.
 
     Args:
         config: What it is put together from.
         vision_tower: Tower with weights; a fresh one if None.
         language_model: Language model with weights; a fresh one if None.
+        instruction_tower: Reader of questions with weights; a fresh one if None and ``config`` asks for one.
+
+    Attributes:
+        question_encoder: Questions to token ids and mask, set by ``build_model`` and ``load_model``; only packed rows,
+            which carry questions as text, need it.
     """
 
     config_class = LlavaScaleConfig
@@ -79,6 +92,7 @@ class LlavaScaleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         *,
         vision_tower: VisionTower | None = None,
         language_model: PreTrainedModel | None = None,
+        instruction_tower: InstructionTower | None = None,
     ) -> None:
         super().__init__(config)
         # "packed" is sdpa for everything but packed rows; any other choice of the user's stands.
@@ -86,12 +100,16 @@ class LlavaScaleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             config.text_config._attn_implementation = PACKED
         self.vision_tower = vision_tower or build_tower(config)
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        if instruction_tower is None and config.instruction_config is not None:
+            instruction_tower = InstructionTower(config.instruction_config)
+        self.instruction_tower = instruction_tower
         self.projector = build_projector(
             config.projector["type"],
-            self.vision_tower.hidden_size,
+            self.set_compressor(compressor_section(config.compressor)),
             config.text_config.hidden_size,
             input_norm=config.projector["input_norm"],
         )
+        self.question_encoder: Callable[[Sequence[str]], Encoded] | None = None
         self.head = LogitHead(config.text_config)
         self.post_init()
 
@@ -106,6 +124,11 @@ class LlavaScaleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         pixel_values: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,
+        video_grids: Sequence[Grid] | None = None,
+        instructions: Sequence[str] | None = None,
+        instruction_ids: Tensor | None = None,
+        instruction_mask: Tensor | None = None,
+        step: int | None = None,
         cu_seq_lens: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         loss_chunk: int = LOSS_CHUNK,
@@ -125,6 +148,11 @@ class LlavaScaleForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 for the accelerator.
             pixel_values: ``(I, 3, H, W)`` all pictures in order of appearance; uint8, or float if normalised.
             pixel_values_videos: ``(F, 3, H, W)`` frames of all videos in order of appearance.
+            video_grids: Grid of each video; None for one video of all frames.
+            instructions: Question that goes with each picture, then with each video; for models that read them.
+            instruction_ids: ``(I + videos, L)`` token ids of the same, made by the processor.
+            instruction_mask: ``(I + videos, L)`` bool, false on padding.
+            step: Optimizer step of schedules; None at evaluation, which has the final ratio.
             cu_seq_lens: ``(K + 1,)`` offsets of the samples in a packed row; B is then 1. May stay on the CPU.
             num_items_in_batch: Divides the summed loss; the mean over the supervised tokens here if None.
             loss_chunk: Supervised positions whose logits are held at once.
@@ -135,7 +163,14 @@ class LlavaScaleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ShapeError: placeholders and media do not match, or the packed row is not laid out as promised.
         """
-        embeds, images = self.embed(input_ids, inputs_embeds, pixel_values, pixel_values_videos, past_key_values)
+        media = VisualInputs(
+            pictures=pixel_values,
+            frames=pixel_values_videos,
+            video_grids=video_grids,
+            step=step,
+            questions=self._questions(instructions, instruction_ids, instruction_mask),
+        )
+        embeds, images = self.embed(input_ids, inputs_embeds, media, past_key_values)
         targets = None if labels is None else next_token_targets(labels, cu_seq_lens)
         decoded = self.decode(
             embeds,
@@ -149,7 +184,7 @@ class LlavaScaleForConditionalGeneration(PreTrainedModel, GenerationMixin):
         hidden = decoded.last_hidden_state
         loss = logits = None
         if targets is not None:
-            loss = self.loss(hidden, *targets, num_items_in_batch, loss_chunk) + self._touch(images)
+            loss = self.loss(hidden, *targets, num_items_in_batch, loss_chunk) + self._touch(media)
         if targets is None or not (self.training or cu_seq_lens is not None):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.logits(hidden[:, kept])
@@ -165,38 +200,28 @@ class LlavaScaleForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def embed(
         self,
         input_ids: Tensor | None,
-        inputs_embeds: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        pixel_values_videos: Tensor | None = None,
+        inputs_embeds: Tensor | None,
+        media: VisualInputs,
         past_key_values: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Text embeddings with the media in their places, ``(B, S, D)``, and the pictures' tokens ``(I, N, D)``."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ShapeError("give exactly one of input_ids and inputs_embeds")
         if input_ids is None:
-            if pixel_values is not None or pixel_values_videos is not None:
+            if media.pictures is not None or media.frames is not None:
                 raise ShapeError("pictures and videos need input_ids, whose placeholders say where they go")
             assert inputs_embeds is not None
             return inputs_embeds, None
         embeds: Tensor = self.get_input_embeddings()(input_ids)
-        images = None if pixel_values is None else self.get_image_features(pixel_values)
-        frames = None if pixel_values_videos is None else self.get_image_features(pixel_values_videos)
+        images, videos = self.visual_embeddings(media)
         prefill = past_key_values is None or past_key_values.get_seq_length() == 0
-        for kind, media in (("image", images), ("video", frames)):
+        for kind, tokens in (("image", images), ("video", videos)):
             placeholder_id = getattr(self.config, f"{kind}_token_id")
-            if media is not None:
-                embeds = splice(embeds, input_ids, placeholder_id, media.flatten(0, 1), kind=kind)
+            if tokens is not None:
+                embeds = splice(embeds, input_ids, placeholder_id, tokens.view(-1, tokens.shape[-1]), kind=kind)
             elif prefill and input_ids.device.type == "cpu":
                 check_count((input_ids == placeholder_id).sum(), 0, kind=kind)
         return embeds, images
-
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Tokens ``(I, N, D)`` of pictures ``(I, 3, H, W)``, in the language model's width."""
-        tower_trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
-        with nullcontext() if tower_trains else torch.no_grad():
-            features = self.vision_tower(pixel_values)
-        tokens: Tensor = self.projector(features)
-        return tokens
 
     def decode(
         self, embeds: Tensor, cu_seq_lens: Tensor | None, *, attention_mask: Tensor | None, **kwargs: Any
@@ -231,54 +256,74 @@ class LlavaScaleForConditionalGeneration(PreTrainedModel, GenerationMixin):
             num_items = max(targets.shape[0], 1)
         return total / (num_items.to(device) if isinstance(num_items, Tensor) else num_items)
 
-    def _touch(self, images: Tensor | None) -> Tensor | float:
+    def _questions(self, texts: Sequence[str] | None, ids: Tensor | None, mask: Tensor | None) -> Encoded | None:
+        """Questions as token ids, if there are any and the model reads them."""
+        if self.instruction_tower is None:
+            return None
+        if ids is not None:
+            return ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        if not texts:
+            return None
+        if self.question_encoder is None:
+            raise ConfigError(
+                "this model reads questions, but was not given their tokenizer: load it with "
+                "llava_scale.model.load_model, or give instruction_ids as the processor makes them"
+            )
+        return self.question_encoder(texts)
+
+    def _touch(self, media: VisualInputs) -> Tensor | float:
         """Zero that depends on every trainable modality parameter that this pass has not used.
 
         Ranks whose rows hold text only then still take part in every gradient exchange, at no cost.
         """
-        unused = [] if images is not None or not torch.is_grad_enabled() else self._modality_parameters()
+        unused = self.unused_parameters(media) if torch.is_grad_enabled() else []
         return sum((0.0 * parameter.flatten()[:1].sum() for parameter in unused if parameter.requires_grad), 0.0)
-
-    def _modality_parameters(self) -> Iterator[nn.Parameter]:
-        yield from self.vision_tower.parameters()
-        yield from self.projector.parameters()
 
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        pixel_values_videos: Tensor | None = None,
         is_first_iteration: bool = False,
         use_cache: bool = True,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Inputs of one step of ``generate``; pictures only go in while the cache does not hold them yet."""
+        media = {name: kwargs.pop(name, None) for name in MEDIA_INPUTS}
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
         )
-        if is_first_iteration or not use_cache:
-            inputs["pixel_values"] = pixel_values
-            inputs["pixel_values_videos"] = pixel_values_videos
-        return inputs
+        return {**inputs, **media} if is_first_iteration or not use_cache else inputs
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Repeat each row for beams and several answers, with all of its pictures behind each copy."""
-        media = {name: kwargs.pop(name, None) for name in ("pixel_values", "pixel_values_videos")}
+        """Repeat each row for beams and several answers, with all of its media and questions behind each copy."""
+        media = {name: kwargs.pop(name) for name in MEDIA_INPUTS if name in kwargs}
         if expand_size > 1 and input_ids is not None:
-            ids = {"pixel_values": self.config.image_token_id, "pixel_values_videos": self.config.video_token_id}
-            for name, pixels in media.items():
-                if pixels is not None:
-                    per_row = (input_ids == ids[name]).sum(1) // self.vision_tower.num_tokens
-                    copies = [part for part in pixels.split(per_row.tolist()) for _ in range(expand_size)]
-                    media[name] = torch.cat(copies)
+            media = self._repeat_media(media, input_ids, expand_size)
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
         return input_ids, {**kwargs, **media}
 
+    def _repeat_media(self, media: dict[str, Any], input_ids: Tensor, copies: int) -> dict[str, Any]:
+        """Media of ``copies`` of each row of ``input_ids``."""
+        pixels, frames = media.get("pixel_values"), media.get("pixel_values_videos")
+        per_row = (input_ids == self.config.image_token_id).sum(1) // self.num_visual_tokens()
+        order = _repeated(per_row.tolist(), copies)
+        repeated = dict(media)
+        if pixels is not None:
+            repeated["pixel_values"] = pixels[order]
+        if frames is not None:
+            if media.get("video_grids") is not None or len(input_ids) > 1:
+                raise ConfigError("beams and several answers to videos are not supported; ask for one answer at a time")
+            repeated["pixel_values_videos"] = frames.repeat(copies, 1, 1, 1)
+            repeated["video_grids"] = [(len(frames), *self._frame_grid)] * copies
+        for name in ("instruction_ids", "instruction_mask"):
+            if media.get(name) is not None:
+                repeated[name] = media[name][order]
+        return repeated
+
     def _init_weights(self, module: nn.Module) -> None:
         """Fresh weights of our own parts; each transformers model inside draws its own."""
-        if isinstance(module, Projector):
+        if isinstance(module, Projector | QueryCompressor):
             module.reset_parameters()
         elif isinstance(module, PixelNormalizer):
             module.reset_buffers()
@@ -304,6 +349,16 @@ class LlavaScaleForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_decoder(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Language model without its head."""
         return self.language_model.base_model  # type: ignore[no-any-return]
+
+
+def _repeated(per_row: Sequence[int], copies: int) -> list[int]:
+    """Numbers of the media of each row, ``copies`` times before those of the next row."""
+    order: list[int] = []
+    start = 0
+    for count in per_row:
+        order += [*range(start, start + count)] * copies
+        start += count
+    return order
 
 
 def build_tower(config: LlavaScaleConfig, model: PreTrainedModel | None = None) -> VisionTower:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import CLIPTextConfig, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
 
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 END = "<|end|>"
@@ -84,6 +84,20 @@ def tiny_vision_config(sizes: TinySizes = TINY) -> CLIPVisionConfig:
         hidden_act="gelu",  # one kernel; CLIP's own quick_gelu is three
         image_size=sizes.image_size,
         patch_size=sizes.patch_size,
+    )
+
+
+def tiny_instruction_config(vocab_size: int, sizes: TinySizes = TINY) -> CLIPTextConfig:
+    """A small CLIP-like text encoder with room for ``vocab_size`` tokens."""
+    return CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=sizes.text_width,
+        intermediate_size=sizes.text_width * sizes.mlp_ratio,
+        num_hidden_layers=1,
+        num_attention_heads=sizes.text_heads,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=1,
     )
 
 

@@ -13,23 +13,31 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
+from llava_scale.compressors import token_count
+from llava_scale.compressors.blocks import find_blocks
 from llava_scale.data.chat import ChatEncoder
 from llava_scale.data.media import ImageTransform
 from llava_scale.errors import ConfigError, ShapeError
 from llava_scale.model.tokens import ImageTokenCounter
-from llava_scale.types import PLACEHOLDERS
+from llava_scale.model.visual import compressor_section
+from llava_scale.towers.instruction import encode_questions, longest_question
+from llava_scale.types import PLACEHOLDERS, MediaInfo
 
 if TYPE_CHECKING:
     from llava_scale.model.configuration import LlavaScaleConfig
     from llava_scale.model.modeling import LlavaScaleForConditionalGeneration
     from llava_scale.towers import VisionTower
+    from llava_scale.towers.instruction import Encoded
 
 Picture = Union[Image.Image, str, Path, bytes, "np.ndarray[Any, Any]", Tensor]
 """A Pillow image, a local path, an encoded file, a uint8 array ``(H, W, 3)`` or a uint8 tensor ``(3, H, W)``."""
 
 MAX_IMAGE_PIXELS = 100_000_000
+
+QUESTIONS = "question_tokenizer"
+"""Folder of the instruction tower's tokenizer in a checkpoint."""
 
 
 class LlavaScaleProcessor(ProcessorMixin):
@@ -39,10 +47,13 @@ class LlavaScaleProcessor(ProcessorMixin):
         tokenizer: Of the language model, with the placeholders added.
         image_size: Side of the square picture in pixels.
         image_grid: Rows and columns of tower features of a picture.
-        image_num_tokens: Tokens of a picture in the text.
+        image_num_tokens: Features of a picture before compression.
         image_aspect_ratio: ``pad`` or ``resize``.
         image_mean: Per channel, of pixels in [0, 1]; its colour fills the padding.
         max_image_pixels: Larger pictures are refused before they are decoded.
+        compressor: Fields of ``model.compressor``; None where all tokens stay.
+        vision_num_blocks: Blocks of the vision tower, for compressors that work inside it.
+        question_length: Tokens of a question that the instruction tower reads; 0 where none are read.
         chat_template_name: ``plain``, ``vicuna_v1`` or ``native``.
         native_chat_template: The language model's own template; the tokenizer's if None.
         chat_template: Written into checkpoints as transformers' chat template; made from ``chat_template_name``.
@@ -57,6 +68,9 @@ class LlavaScaleProcessor(ProcessorMixin):
         image_aspect_ratio: Literal["pad", "resize"] = "pad",
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         max_image_pixels: int = MAX_IMAGE_PIXELS,
+        compressor: dict[str, Any] | None = None,
+        vision_num_blocks: int = 0,
+        question_length: int = 0,
         chat_template_name: str = "native",
         native_chat_template: str | None = None,
         chat_template: str | None = None,
@@ -67,6 +81,10 @@ class LlavaScaleProcessor(ProcessorMixin):
         self.image_aspect_ratio = image_aspect_ratio
         self.image_mean = tuple(image_mean)
         self.max_image_pixels = max_image_pixels
+        self.compressor = compressor
+        self.vision_num_blocks = vision_num_blocks
+        self.question_length = question_length
+        self.question_tokenizer: PreTrainedTokenizerBase | None = None
         self.chat_template_name = chat_template_name
         # The checkpoint's one template file holds the template of training; the tokenizer's own must survive that.
         self.native_chat_template = native_chat_template or tokenizer.chat_template
@@ -78,29 +96,65 @@ class LlavaScaleProcessor(ProcessorMixin):
 
     @classmethod
     def for_model(
-        cls, model: LlavaScaleForConditionalGeneration, tokenizer: PreTrainedTokenizerBase
+        cls,
+        model: LlavaScaleForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        question_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> LlavaScaleProcessor:
         """Processor with the sizes and the chat template of ``model``."""
-        return cls.for_tower(model.config, model.vision_tower, tokenizer)
+        return cls.for_tower(model.config, model.vision_tower, tokenizer, question_tokenizer)
 
     @classmethod
     def for_tower(
-        cls, config: LlavaScaleConfig, tower: VisionTower, tokenizer: PreTrainedTokenizerBase
+        cls,
+        config: LlavaScaleConfig,
+        tower: VisionTower,
+        tokenizer: PreTrainedTokenizerBase,
+        question_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> LlavaScaleProcessor:
-        """Processor of a model of which only the vision tower is there."""
-        return cls(
+        """Processor of a model of which only the vision tower is there.
+
+        Args:
+            config: Of the model.
+            tower: Its vision tower.
+            tokenizer: Of the language model.
+            question_tokenizer: Of the instruction tower, where there is one.
+        """
+        in_tower = config.compressor is not None and config.compressor["type"] == "tome"
+        processor = cls(
             tokenizer,
             image_size=config.image_size,
             image_grid=tower.grid(config.image_size, config.image_size),
             image_num_tokens=tower.num_tokens,
             image_aspect_ratio=config.image_aspect_ratio,
             image_mean=config.image_mean,
+            compressor=config.compressor,
+            vision_num_blocks=len(find_blocks(tower)) if in_tower else 0,
+            question_length=longest_question(question_tokenizer, config.instruction_config)
+            if question_tokenizer
+            else 0,
             chat_template_name=config.chat_template_name,
         )
+        processor.question_tokenizer = question_tokenizer
+        return processor
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> LlavaScaleProcessor:
+        """Processor of a checkpoint, with the tokenizer of its instruction tower where there is one."""
+        processor: LlavaScaleProcessor = super().from_pretrained(path, **kwargs)
+        if processor.question_length:
+            processor.question_tokenizer = AutoTokenizer.from_pretrained(path, **{**kwargs, "subfolder": QUESTIONS})
+        return processor
+
+    def save_pretrained(self, path: str | Path, **kwargs: Any) -> Any:
+        """Write the processor, and the tokenizer of the instruction tower into a folder below."""
+        if self.question_tokenizer is not None:
+            self.question_tokenizer.save_pretrained(Path(path) / QUESTIONS)
+        return super().save_pretrained(path, **kwargs)
 
     def with_template(self, chat_template_name: str) -> LlavaScaleProcessor:
         """The same processor for another chat template."""
-        return LlavaScaleProcessor(
+        processor = LlavaScaleProcessor(
             self.tokenizer,
             image_size=self.image_size,
             image_grid=self.image_grid,
@@ -108,9 +162,31 @@ class LlavaScaleProcessor(ProcessorMixin):
             image_aspect_ratio=self.image_aspect_ratio,
             image_mean=self.image_mean,
             max_image_pixels=self.max_image_pixels,
+            compressor=self.compressor,
+            vision_num_blocks=self.vision_num_blocks,
+            question_length=self.question_length,
             chat_template_name=chat_template_name,
             native_chat_template=self.native_chat_template,
         )
+        processor.question_tokenizer = self.question_tokenizer
+        return processor
+
+    @property
+    def reads_questions(self) -> bool:
+        """Whether the model wants to know the question that goes with a picture."""
+        return self.question_length > 0
+
+    def encode_questions(self, texts: Sequence[str]) -> Encoded:
+        """Token ids and mask ``(number of texts, L)`` of questions, for the instruction tower."""
+        assert self.question_tokenizer is not None, "this model reads no questions"
+        return encode_questions(self.question_tokenizer, texts, self.question_length)
+
+    def question_inputs(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Inputs of ``generate`` for the question that goes with each picture; none where none are read."""
+        if not (self.reads_questions and texts):
+            return {}
+        ids, mask = self.encode_questions(texts)
+        return {"instruction_ids": ids, "instruction_mask": mask}
 
     @cached_property
     def chat_encoder(self) -> ChatEncoder:
@@ -132,18 +208,22 @@ class LlavaScaleProcessor(ProcessorMixin):
     def token_counter(self) -> ImageTokenCounter:
         """Token counts of media."""
         rows, cols = self.image_grid
-        return ImageTokenCounter(rows=rows, cols=cols, num_tokens=self.image_num_tokens)
+        section = compressor_section(self.compressor)
+        count = None if section is None else token_count(section, num_blocks=self.vision_num_blocks)
+        return ImageTokenCounter(rows=rows, cols=cols, num_tokens=self.image_num_tokens, compressor=count)
 
     @property
     def model_input_names(self) -> list[str]:
         """Names of the model's inputs that this makes."""
-        return ["input_ids", "attention_mask", "pixel_values"]
+        questions = ["instruction_ids", "instruction_mask"] if self.reads_questions else []
+        return ["input_ids", "attention_mask", "pixel_values", *questions]
 
     def __call__(
         self,
         text: str | Sequence[str] | None = None,
         images: Picture | Sequence[Picture] | Sequence[Sequence[Picture]] | None = None,
         *,
+        instructions: Sequence[str] | None = None,
         add_special_tokens: bool = False,
         return_tensors: str = "pt",
         padding: bool = True,
@@ -154,6 +234,8 @@ class LlavaScaleProcessor(ProcessorMixin):
         Args:
             text: Prompts with one ``<image>`` for each picture, rendered with the chat template.
             images: One picture, the pictures of all prompts in order of appearance, or a list for each prompt.
+            instructions: Question of each prompt, for models that read them: the user's turns without placeholders.
+                Without them the whole prompt is read, its special tokens left out.
             add_special_tokens: Let the tokenizer add its own; the chat templates hold all that training saw.
             return_tensors: ``pt`` is what there is.
             padding: Rows of unequal length are always padded, on the left.
@@ -161,7 +243,8 @@ class LlavaScaleProcessor(ProcessorMixin):
 
         Returns:
             ``input_ids`` and ``attention_mask`` ``(B, S)`` and, with pictures, ``pixel_values`` uint8
-            ``(I, 3, H, W)``.
+            ``(I, 3, H, W)`` and, for models that read questions, ``instruction_ids`` and ``instruction_mask``
+            ``(I, L)``.
 
         Raises:
             ShapeError: the numbers of placeholders and pictures differ.
@@ -183,14 +266,28 @@ class LlavaScaleProcessor(ProcessorMixin):
         features: dict[str, Tensor] = self._pad([self._expand(ids) for ids in encoded])
         if pictures:
             features["pixel_values"] = torch.stack([self._picture(picture) for picture in pictures])
+            features |= self.question_inputs(self._questions_of(encoded, instructions))
         return BatchFeature(features)
+
+    def _questions_of(self, encoded: Sequence[list[int]], instructions: Sequence[str] | None) -> list[str]:
+        """The question of each picture's prompt."""
+        if not self.reads_questions:
+            return []
+        if instructions is None:
+            instructions = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in encoded]
+        if len(instructions) != len(encoded):
+            raise ShapeError(f"{len(encoded)} prompts need as many instructions, got {len(instructions)}")
+        return [
+            question
+            for question, ids in zip(instructions, encoded, strict=True)
+            for _ in range(ids.count(self.image_token_id))
+        ]
 
     def _expand(self, ids: Iterable[int]) -> list[int]:
         """Repeat each picture's placeholder to its number of tokens."""
+        repeats = self.token_counter.count(MediaInfo(kind="image"), step=None).num_tokens
         return list(
-            chain.from_iterable(
-                [token] * self.image_num_tokens if token == self.image_token_id else [token] for token in ids
-            )
+            chain.from_iterable([token] * repeats if token == self.image_token_id else [token] for token in ids)
         )
 
     def _pad(self, rows: list[list[int]]) -> dict[str, Tensor]:

@@ -29,6 +29,9 @@ def row_inputs(row: PackedRow, *, device: torch.device | str | None = None) -> d
         "position_ids": row.position_ids.unsqueeze(0).to(target, non_blocking=True),
         "labels": row.labels.unsqueeze(0),
         "cu_seq_lens": row.cu_seq_lens,
+        "video_grids": row.video_grids or None,
+        "instructions": row.instructions or None,
+        "step": row.step,
     }
     for name in ("pixel_values", "pixel_values_videos"):
         pixels = getattr(row, name)

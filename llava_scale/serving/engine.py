@@ -227,6 +227,8 @@ class Engine:
         }
         if pixels:
             inputs["pixel_values"] = torch.stack(list(pixels)).to(device)
+            questions = [prompt.question for prompt in prompts for _ in prompt.pictures]
+            inputs |= {name: ids.to(device) for name, ids in self.processor.question_inputs(questions).items()}
         if sampling.temperature:
             inputs["logits_processor"] = [TokenSampler(sampling, sampling.generators(numbers))]
         output = self.model.generate(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps
 
+from llava_scale.data.collate import instruction_of
 from llava_scale.data.media import probe
 from llava_scale.data.records import parse_record
 from llava_scale.errors import SampleError
@@ -47,10 +48,12 @@ class Prompt:
     Attributes:
         input_ids: Token ids; each medium's placeholder repeated to its number of tokens.
         pictures: Encoded pictures in order of appearance.
+        question: The user's turns without placeholders, for models that read them beside the pictures.
     """
 
     input_ids: list[int]
     pictures: tuple[bytes, ...]
+    question: str = ""
 
 
 def make_prompt(request: GenerationRequest, processor: LlavaScaleProcessor) -> Prompt:
@@ -73,7 +76,7 @@ def make_prompt(request: GenerationRequest, processor: LlavaScaleProcessor) -> P
             continue
         info = _info(kind, next(waiting[kind]))
         input_ids += [token_id] * counter.count(info, step=None).num_tokens
-    return Prompt(input_ids=input_ids, pictures=tuple(media["image"]))
+    return Prompt(input_ids=input_ids, pictures=tuple(media["image"]), question=instruction_of(turns))
 
 
 def place_media(turns: Sequence[Turn], counts: Mapping[MediaKind, int]) -> tuple[Turn, ...]:
