@@ -27,6 +27,7 @@ class Counts:
         samples: Samples trained on.
         text_tokens: Their tokens that are not media.
         visual_tokens: Their tokens from pictures and videos.
+        visual_tokens_before: As many as these were before compression.
         supervised_tokens: Their tokens in the loss.
         capacity: Tokens that the rows could have held.
         skipped: Samples that could not be used.
@@ -37,6 +38,7 @@ class Counts:
     samples: int = 0
     text_tokens: int = 0
     visual_tokens: int = 0
+    visual_tokens_before: int = 0
     supervised_tokens: int = 0
     capacity: int = 0
     skipped: int = 0
@@ -88,6 +90,7 @@ class Meter:
         self.total.samples += len(row.keys)
         self.total.text_tokens += num_tokens - num_media
         self.total.visual_tokens += row.num_visual_tokens
+        self.total.visual_tokens_before += row.num_visual_features
         self.total.supervised_tokens += row.num_supervised
         self.total.capacity += max(self._row_length, row.input_ids.numel())
         self.total.skipped += len(row.skipped)
@@ -107,7 +110,7 @@ class Meter:
         """Return the log's line after ``step`` steps and begin the next one. Waits for the device and all ranks.
 
         Counts are since the start of the run; ``loss`` (nats a supervised token), rates and shares are over the
-        steps since the last line.
+        steps since the last line. ``removed`` is the share of the visual tokens that compression took away.
         """
         loss_sum, loss_tokens = self._loss.tolist()
         now = self.everywhere()
@@ -129,6 +132,8 @@ class Meter:
             "samples": now.samples,
             "text_tokens": now.text_tokens,
             "visual_tokens": now.visual_tokens,
+            "visual_tokens_before": now.visual_tokens_before,
+            "removed": _share(window.visual_tokens_before - window.visual_tokens, window.visual_tokens_before),
             "supervised_tokens": now.supervised_tokens,
             "skipped": now.skipped,
             "seconds": round(now.seconds, 3),

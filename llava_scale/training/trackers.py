@@ -215,8 +215,12 @@ def print_summary(console: Console, summary: RunSummary) -> None:
 def _training_text(line: dict[str, Any]) -> str:
     return (
         f"loss {_number(line['loss'])}  lr {line['lr']:.2e}  {line['tokens_per_s']:,.0f} tokens/s  "
-        f"waiting {line['data_wait']:.0%}  skipped {line['skipped']}"
+        f"{_removed_text(line)}waiting {line['data_wait']:.0%}  skipped {line['skipped']}"
     )
+
+
+def _removed_text(line: dict[str, Any]) -> str:
+    return f"visual tokens -{line['removed']:.0%}  " if line.get("removed") else ""
 
 
 def _number(value: Any) -> str:
