@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``train`` to ``app``."""
+    """Add ``train`` and ``export-checkpoint`` to ``app``."""
     app.command()(train)
+    app.command("export-checkpoint")(export_checkpoint)
 
 
 def train(
@@ -40,6 +41,19 @@ def train(
         _dry_run(settings, resume=resume)
     elif not print_config:
         raise typer.Exit(run(settings, resume=resume))
+
+
+def export_checkpoint(
+    run_folder: Path = typer.Argument(..., metavar="RUN", help="Run folder; the run may be going on."),
+    out: Path = typer.Argument(..., help="New folder for the model."),
+    step: int | None = typer.Option(None, min=0, help="Step of the checkpoint; the newest whole one without it."),
+) -> None:
+    """Write a checkpoint, sharded or not, as a plain model folder (from_pretrained); adapters are merged."""
+    from llava_scale.training.export import export_checkpoint as export
+
+    done = export(run_folder, out, step=step)
+    typer.echo(f"step {done:,} of {run_folder} is a model in {out}")
+    typer.echo(f"next        llava-scale chat {out} --image PICTURE 'QUESTION'")
 
 
 def run(settings: Config, *, resume: bool) -> int:

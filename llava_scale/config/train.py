@@ -74,6 +74,9 @@ class TrainConfig:
     """Passes over the training samples, where ``steps`` is 0."""
     rows_per_step: Count = 1
     """Rows (micro-batches) in one global optimizer step, over all ranks; ranks must divide it."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """``muon`` updates weight matrices by orthogonalised momentum and the rest by AdamW: fewer steps for models that
+    start from random weights. It needs whole matrices, so not with ``parallel.strategy: fsdp2``."""
     learning_rate: NonNegative = 2e-5
     """Peak learning rate of everything without a rule of its own."""
     warmup_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.03
@@ -112,6 +115,17 @@ class TrainConfig:
     128 plus the signal."""
     async_checkpoint: bool = False
     """Write checkpoints in the background; training waits for the copy to host memory only."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where the log's lines also go, beside ``log.jsonl``; W&B works offline under ``WANDB_MODE=offline``."""
+    profile: Annotated[str, Field(pattern=r"^(\d+:\d+)?$")] = ""
+    """Steps to profile, as ``10:13`` for the three after step 10; writes a trace and a table into ``profile/``."""
+    peak_tflops: NonNegative = 0.0
+    """Matrix throughput of one device in 10^12 operations a second, for the MFU; 0 looks the device up."""
+    heartbeat_s: NonNegative = 30.0
+    """Seconds between signs of life of each process in ``health/``; 0 for none."""
+    stuck_after_s: NonNegative = 900.0
+    """Seconds without a finished step after which each process writes the stacks of its threads into ``health/``; 0
+    for never."""
     log_every: Count = 10
     """Steps between lines of the log."""
     loss_chunk: Count = 2048
@@ -138,3 +152,8 @@ class Config:
     def __post_init__(self) -> None:
         if not (self.model.init_from or self.model.preset or self.model.language_model):
             raise ConfigError("model: set one of init_from, preset or language_model")
+        if self.train.optimizer == "muon" and self.train.parallel.strategy == "fsdp2":
+            raise ConfigError(
+                "train.optimizer: muon needs whole matrices and train.parallel.strategy: fsdp2 shards them; "
+                "use ddp, or optimizer: adamw"
+            )

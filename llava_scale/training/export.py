@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from llava_scale.config.load import parse_config
+from llava_scale.errors import CheckpointError
+from llava_scale.training.checkpoint import find_checkpoint, list_checkpoints, load_state, verify_checkpoint
+from llava_scale.training.engine import Engine
 from llava_scale.training.files import atomic_folder
-from llava_scale.training.lora import has_adapters, merged_state, save_adapters
+from llava_scale.training.lora import add_adapters, has_adapters, merged_state, save_adapters
+from llava_scale.training.parallel import Ranks
+from llava_scale.training.recipe import apply_recipe, plan_recipe
+from llava_scale.training.run_folder import RunFolder
+from llava_scale.training.tensor_files import restore_model
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from llava_scale.training.engine import Engine
-    from llava_scale.training.parallel import Ranks
 
 
 def write_model(folder: Path, engine: Engine, processor: Any, ranks: Ranks) -> None:
@@ -34,3 +41,49 @@ def write_model(folder: Path, engine: Engine, processor: Any, ranks: Ranks) -> N
             processor.save_pretrained(partial)
 
     ranks.from_first(write)
+
+
+def export_checkpoint(run: Path, target: Path, *, step: int | None = None) -> int:
+    """Write a checkpoint of the run in ``run``, of any number of processes, as a plain model folder ``target``.
+
+    Args:
+        run: Run folder; the run may be going on.
+        target: Folder for ``from_pretrained``; must not exist.
+        step: Which checkpoint; the newest whole one if None.
+
+    Returns:
+        Its step.
+
+    Raises:
+        CheckpointError: no such checkpoint, or it is damaged, or ``target`` exists or cannot be written.
+    """
+    from llava_scale.model import build_model
+
+    if target.exists():
+        raise CheckpointError(f"{target} exists already; choose another folder")
+    path = _choose(RunFolder(run).checkpoints, step)
+    state = load_state(path)
+    config = parse_config(state.config, origin=str(path / "config.yaml"))
+    model, processor = build_model(config.model, chat_template=config.data.chat_template, seed=config.seed)
+    if config.train.lora.rank:
+        add_adapters(model, config.train.lora, torch.device("cpu"))
+    apply_recipe(model, plan_recipe(model, config.train))
+    restore_model(path, model)
+    write_model(target, Engine(model.eval()), processor, Ranks())
+    return state.step
+
+
+def _choose(folder: Path, step: int | None) -> Path:
+    if step is None:
+        found = find_checkpoint(folder).found
+        if found is None:
+            raise CheckpointError(f"{folder} holds no checkpoint yet")
+        return found
+    path = folder / f"step-{step:08d}"
+    if path not in list_checkpoints(folder):
+        known = ", ".join(str(int(item.name.removeprefix("step-"))) for item in list_checkpoints(folder)) or "none"
+        raise CheckpointError(f"{folder} holds no checkpoint of step {step}; there are: {known}")
+    problem = verify_checkpoint(path)
+    if problem is not None:
+        raise CheckpointError(f"{path} is damaged: {problem}")
+    return path

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llava_scale.training.cost import ModelCost, Work
 from llava_scale.training.parallel import Ranks
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class Counts:
         visual_tokens_before: As many as these were before compression.
         supervised_tokens: Their tokens in the loss.
         capacity: Tokens that the rows could have held.
+        pictures: Pictures and frames trained on.
+        squares: Sum over samples of the square of their tokens, which is what attention costs.
         skipped: Samples that could not be used.
         seconds: Time in training steps, waiting for data included, evaluation and saving not.
         wait_s: Part of it spent waiting for data.
@@ -41,6 +44,8 @@ class Counts:
     visual_tokens_before: int = 0
     supervised_tokens: int = 0
     capacity: int = 0
+    pictures: int = 0
+    squares: int = 0
     skipped: int = 0
     seconds: float = 0.0
     wait_s: float = 0.0
@@ -59,13 +64,24 @@ class Meter:
         device: Where the losses are.
         row_length: Tokens that a row could hold; 0 where rows are as long as their samples.
         ranks: All processes of the run: each counts its own rows, and lines are about all of them together.
+        cost: Matrix operations of the model; without it none are logged.
+        peak_tflops: Matrix throughput of one device in 10^12 a second, for the MFU; 0 if unknown.
 
     Attributes:
         total: Counts of this process; those of earlier parts of the run are the first one's.
     """
 
-    def __init__(self, *, device: torch.device, row_length: int, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        row_length: int,
+        ranks: Ranks | None = None,
+        cost: ModelCost | None = None,
+        peak_tflops: float = 0.0,
+    ) -> None:
         self.total = Counts()
+        self._cost, self._peak = cost, peak_tflops
         self._ranks = ranks or Ranks()
         self._mark = Counts()
         self._device = device
@@ -92,6 +108,10 @@ class Meter:
         self.total.visual_tokens += row.num_visual_tokens
         self.total.visual_tokens_before += row.num_visual_features
         self.total.supervised_tokens += row.num_supervised
+        ends = row.cu_seq_lens[: len(row.keys) + 1].long()
+        self.total.squares += int(ends.diff().square().sum())
+        for pixels in (row.pixel_values, row.pixel_values_videos):
+            self.total.pictures += 0 if pixels is None else len(pixels)
         self.total.capacity += max(self._row_length, row.input_ids.numel())
         self.total.skipped += len(row.skipped)
 
@@ -136,9 +156,24 @@ class Meter:
             "removed": _share(window.visual_tokens_before - window.visual_tokens, window.visual_tokens_before),
             "supervised_tokens": now.supervised_tokens,
             "skipped": now.skipped,
+            **self._speed(window),
             "seconds": round(now.seconds, 3),
             "memory_gib": round(max(self._ranks.gather(memory_gib(self._device))), 3),
         }
+
+    def _speed(self, window: Counts) -> dict[str, float]:
+        """Matrix operations a second of one device, in 10^12, and their share of what it could do (MFU)."""
+        if self._cost is None or window.seconds <= 0:
+            return {}
+        work = Work(
+            tokens=window.text_tokens + window.visual_tokens,
+            squares=window.squares,
+            supervised=window.supervised_tokens,
+            visual=window.visual_tokens,
+            pictures=window.pictures,
+        )
+        tflops = self._cost.flops(work) / window.seconds / self._ranks.size / 1e12
+        return {"tflops_per_s": round(tflops, 4), **({"mfu": round(tflops / self._peak, 4)} if self._peak else {})}
 
     def everywhere(self) -> Counts:
         """Counts over all ranks; times are the mean. All ranks must call it."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from llava_scale.training.muon import MuonAdamW, split_groups
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -52,14 +54,14 @@ def parameter_groups(model: nn.Module, recipe: Recipe, weight_decay: float) -> l
 def build_optimizer(model: nn.Module, recipe: Recipe, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101) over the trained parameters, in one fused kernel per group.
 
-    The fused form exists on CPU and CUDA and can leave a step out on the device itself (see ``guard.py``).
+    The fused form exists on CPU and CUDA and can leave a step out on the device itself (see ``guard.py``). With
+    ``optimizer: muon``, Muon takes over the matrices between hidden features.
     """
-    return torch.optim.AdamW(
-        parameter_groups(model, recipe, config.weight_decay),
-        betas=config.adam_betas,
-        eps=config.adam_eps,
-        fused=True,
-    )
+    kind: type[torch.optim.AdamW] = torch.optim.AdamW
+    groups = parameter_groups(model, recipe, config.weight_decay)
+    if config.optimizer == "muon":
+        kind, groups = MuonAdamW, split_groups(groups)
+    return kind(groups, betas=config.adam_betas, eps=config.adam_eps, fused=True)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:

@@ -6,6 +6,8 @@
     log.jsonl       one line per logged step and evaluation
     skipped.jsonl   samples that could not be used
     checkpoints/    step-00000100/ ...
+    health/         sign of life of each process, and its stacks where it was stuck
+    profile/        traces and tables of profiled steps
     final/          the trained model and its processor, for ``from_pretrained``
 """
 
@@ -47,6 +49,11 @@ HARMLESS = (
     "train.parallel.*",
     "train.async_checkpoint",
     "train.stop_exit_code",
+    "train.trackers",
+    "train.profile",
+    "train.peak_tflops",
+    "train.heartbeat_s",
+    "train.stuck_after_s",
 )
 """Settings that a resumed run may change: none of them changes what is computed in a step, but for rounding."""
 
@@ -76,6 +83,16 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def health(self) -> Path:
+        """Signs of life."""
+        return self.path / "health"
+
+    @property
+    def profile(self) -> Path:
+        """Traces and tables of profiled steps."""
+        return self.path / "profile"
 
     @property
     def final(self) -> Path:

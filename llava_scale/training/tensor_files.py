@@ -87,6 +87,18 @@ def restore(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, s
         _restore_any(path, model, optimizer)
 
 
+def restore_model(path: Path, model: nn.Module) -> None:
+    """Load trained parameters and buffers alone, into a model that one process holds whole.
+
+    Raises:
+        CheckpointError: names or shapes differ from the model's.
+    """
+    if (path / TRAINABLE).exists():
+        _load_own_tensors(model, load_file(path / TRAINABLE), path)
+    else:
+        _restore_any(path, model, None)
+
+
 @torch.no_grad()
 def _load_own_tensors(model: nn.Module, stored: dict[str, Tensor], path: Path) -> None:
     own = own_tensors(model)
@@ -109,25 +121,13 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, stored: dict[str, Tensor],
     optimizer.load_state_dict(plain)
 
 
-def _restore_any(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _restore_any(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Read each tensor, or this rank's part of it, from whichever files hold it."""
     reader = _Reader(str(path))
     stored: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
     own = own_tensors(model)
     _expect_same_names({name for name in stored if "/" not in name}, set(own), str(path))
-    entries = [key.rpartition("/") for key in stored if "/" in key]
-    parameters = {
-        name: parameter
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["names"], group["params"], strict=True)
-    }
-    _expect_known({name for name, _, _ in entries}, set(parameters), str(path))
-    targets = dict(own)
-    optimizer.state.clear()
-    for name, _, entry in entries:
-        value = _empty_entry(parameters[name], entry)
-        optimizer.state[parameters[name]][entry] = value
-        targets[f"{name}/{entry}"] = value
+    targets = {**own, **({} if optimizer is None else _empty_moments(optimizer, set(stored), str(path)))}
     for name, value in targets.items():
         if stored[name].size.numel() != value.numel() or (value.ndim and stored[name].size != value.shape):
             _refuse_shape(name, stored[name].properties.dtype, stored[name].size, value, str(path))
@@ -136,6 +136,21 @@ def _restore_any(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
         name: value if len(stored[name].size) == value.ndim else value.reshape(1) for name, value in targets.items()
     }
     load(views, storage_reader=reader, no_dist=not dist.is_initialized())
+
+
+def _empty_moments(optimizer: torch.optim.Optimizer, stored: set[str], place: str) -> dict[str, Tensor]:
+    """Memory for the optimizer's state, put into the optimizer, by the names under which it is stored."""
+    parameters = {
+        name: parameter
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+    }
+    entries = [key.rpartition("/") for key in stored if "/" in key]
+    _expect_known({name for name, _, _ in entries}, set(parameters), place)
+    optimizer.state.clear()
+    for name, _, entry in entries:
+        optimizer.state[parameters[name]][entry] = _empty_entry(parameters[name], entry)
+    return {f"{name}/{entry}": optimizer.state[parameters[name]][entry] for name, _, entry in entries}
 
 
 def _empty_entry(parameter: Tensor, entry: str) -> Tensor:

@@ -215,8 +215,13 @@ def print_summary(console: Console, summary: RunSummary) -> None:
 def _training_text(line: dict[str, Any]) -> str:
     return (
         f"loss {_number(line['loss'])}  lr {line['lr']:.2e}  {line['tokens_per_s']:,.0f} tokens/s  "
+        f"{_mfu_text(line)}"
         f"{_removed_text(line)}waiting {line['data_wait']:.0%}  skipped {line['skipped']}"
     )
+
+
+def _mfu_text(line: dict[str, Any]) -> str:
+    return f"MFU {line['mfu']:.0%}  " if "mfu" in line else ""
 
 
 def _removed_text(line: dict[str, Any]) -> str:

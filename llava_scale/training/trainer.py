@@ -18,16 +18,20 @@ from llava_scale.config import to_dict
 from llava_scale.errors import ConfigError
 from llava_scale.model import row_inputs
 from llava_scale.training.checkpoint import CheckpointWriter, TrainerState, list_checkpoints
+from llava_scale.training.cost import model_cost, peak_tflops
 from llava_scale.training.evaluate import held_out_loss
 from llava_scale.training.export import write_model
 from llava_scale.training.guard import FiniteGuard
+from llava_scale.training.health import Health
 from llava_scale.training.interrupt import StopRequest
 from llava_scale.training.metrics import Meter
 from llava_scale.training.optim import clip_gradients, lr_factor, set_learning_rates, step_where
+from llava_scale.training.profiling import StepProfiler
 from llava_scale.training.randomness import deterministic_kernels, random_states, untouched_randomness
 from llava_scale.training.recipe import set_training_modes
 from llava_scale.training.setup import Run, prepare_run
 from llava_scale.training.summary import RunSummary, TrainResult
+from llava_scale.training.tracker_services import make_trackers
 from llava_scale.training.trackers import CallbackTracker, JsonlTracker, Tracker, Trackers
 
 if TYPE_CHECKING:
@@ -77,7 +81,7 @@ def train(
         if evaluate is not None and run.engine.is_sharded:
             raise ConfigError("a sharded model cannot generate during training; leave evaluate out or use strategy ddp")
         extra = [CallbackTracker(on_log)] if on_log else []
-        members = [JsonlTracker(run.folder.log), *extra, *trackers] if run.ranks.is_first else []
+        members = [JsonlTracker(run.folder.log), *_services(run), *extra, *trackers] if run.ranks.is_first else []
         tracker = Trackers(members)
         cleanup.callback(tracker.close)
         cleanup.enter_context(deterministic_kernels(run.device))
@@ -94,6 +98,16 @@ def dry_run(config: Config, *, resume: bool = False) -> tuple[RunSummary, StepBa
     with ExitStack() as cleanup:
         run = prepare_run(config, resume=resume, write=False, cleanup=cleanup)
         return run.summary(), next(iter(run.parts.stream))
+
+
+def _services(run: Run) -> list[Tracker]:
+    return make_trackers(
+        run.config.train.trackers,
+        folder=run.folder.path,
+        run_name=run.config.name,
+        config=to_dict(run.config),
+        start_step=run.start_step,
+    )
 
 
 class Trainer:
@@ -116,7 +130,13 @@ class Trainer:
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         packing = run.config.data.packing
         row_length = packing.row_length if packing.mode == "tokens" else 0
-        self.meter = Meter(device=run.device, row_length=row_length, ranks=run.ranks)
+        self.meter = Meter(
+            device=run.device,
+            row_length=row_length,
+            ranks=run.ranks,
+            cost=model_cost(self.model),
+            peak_tflops=peak_tflops(run.device, self.config.peak_tflops),
+        )
         self.guard = FiniteGuard(self.config.max_bad_steps, run.ranks)
         self.writer = CheckpointWriter(
             run.folder.checkpoints,
@@ -126,6 +146,14 @@ class Trainer:
             in_background=self.config.async_checkpoint,
             on_saved=lambda path: tracker.note(f"saved {path}"),
         )
+        self.health = Health(
+            run.folder.health,
+            rank=run.ranks.rank,
+            heartbeat_s=self.config.heartbeat_s,
+            stuck_after_s=self.config.stuck_after_s,
+        )
+        steps = self.config.profile if run.ranks.is_first else ""
+        self.profiler = StepProfiler(steps, run.folder.profile, run.device)
         self._stopping = False
         self.step, self.lr, self.grad_norm = run.start_step, 0.0, torch.zeros(())
         self.saved_step = None if run.state is None else run.state.step
@@ -135,10 +163,19 @@ class Trainer:
 
     def fit(self) -> TrainResult:
         """Train to the last step or to a request to stop; return how it went."""
+        try:
+            return self._fit()
+        finally:
+            self.profiler.close()
+            self.health.close()
+
+    def _fit(self) -> TrainResult:
+        self.health.beat(self.step)
         self._evaluate_if_due()  # for a run that was stopped just before it
         self.meter.start_clock()
         batches = iter(self.run.parts.stream)
         while self.step < self.run.total_steps and not self._must_stop():
+            self.profiler.begin_step(self.step)
             batch = self._next_batch(batches)
             if batch is None:
                 break
@@ -209,6 +246,10 @@ class Trainer:
         if log_due:
             self.tracker.log(self.meter.line(step=self.step, lr=self.lr, grad_norm=self.grad_norm))
         self.tracker.step(self.step)
+        self.health.beat(self.step)
+        table = self.profiler.end_step(self.step - 1)
+        if table is not None:
+            self.tracker.note(f"step {self.step}: profile in {table}")
         self._evaluate_if_due()
         if save_due:
             self._save()

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 
 from llava_scale.model import load_model
+from llava_scale.training.export import export_checkpoint
 from llava_scale.training.parallel import Ranks
 from tests.distributed import jobs
 from tests.distributed.processes import run_ranks
@@ -108,3 +112,12 @@ def test_two_one_and_four_processes_take_turns(make_tree):
     hybrid = {**tree, "train": {**tree["train"], "parallel": {**FSDP2, "replicas": 2}}}
     run_ranks(4, jobs.train_all, [(hybrid, {"resume": True, "stop_after": 6}), (tree, {"resume": True})])
     assert_same_numbers(jobs.trained_lines(tree), jobs.trained_lines(whole))
+
+
+@pytest.mark.slow
+def test_a_sharded_checkpoint_is_exported_by_one_process(make_tree, tmp_path):
+    tree = make_tree("run", steps=2, parallel=FSDP2)
+    run_ranks(2, jobs.train_all, [(tree, {})])
+    export_checkpoint(Path(tree["train"]["output_dir"]), tmp_path / "run" / "exported")
+    final, exported = (load_model(tmp_path / "run" / name)[0].state_dict() for name in ("final", "exported"))
+    assert all(torch.equal(final[name], exported[name]) for name in final)

@@ -77,7 +77,13 @@ def test_a_run_learns_and_leaves_log_config_checkpoints_and_model(make_config):
     seen = []
     result = train(config, on_log=seen.append)
     folder = Path(config.train.output_dir)
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "config.yaml", "final", "log.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "final",
+        "health",
+        "log.jsonl",
+    ]
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-00000004", "step-00000008"]
     first, last = log_of(config)
     assert (first["step"], last["step"]) == (4, 8)
