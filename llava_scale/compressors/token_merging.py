@@ -5,8 +5,7 @@ destination most are averaged into it (or dropped); all others stay. Destination
 (arXiv:2303.17604 §4), merging as in ToMe (arXiv:2210.09461 §3). Ours: tokens keep raster order, since the language
 model reads position from it; windows reach over frames; the number of tokens depends on grid and step alone.
 
-Legend: ``B`` media, ``F`` parts of a medium that are searched on their own, ``N`` tokens of a medium, ``M``
-destinations of a medium, ``D`` width.
+Legend: ``B`` media, or parts of them that are searched on their own, ``N`` tokens, ``M`` destinations, ``D`` width.
 """
 
 from __future__ import annotations
@@ -22,6 +21,9 @@ from llava_scale.compressors.merging import apply_drop, apply_merge, check_grid,
 from llava_scale.compressors.schedule import RatioSchedule, random_integers
 from llava_scale.errors import ShapeError
 from llava_scale.types import Grid
+
+_PIECES = 8
+"""Parts of a batch that are copied to a wider type one after the other."""
 
 Scope = Literal["frame", "clip", "window"]
 Window = tuple[int, int, int]
@@ -171,22 +173,44 @@ def match(metric_BND: Tensor, grid: Grid, window: Window, scope: Scope, dst_posi
     """
     num_batch, num_tokens, width = metric_BND.shape
     parts = 1 if scope == "clip" else grid[0] // window[0]
-    dst = metric_BND.index_select(1, dst_positions)
-    dst = dst.div_(_lengths(dst).to(dst.dtype).unsqueeze(-1)).view(num_batch * parts, -1, width)
-    scores = torch.bmm(metric_BND.reshape(num_batch * parts, -1, width), dst.transpose(1, 2))
-    stays = torch.zeros(num_tokens, dtype=torch.bool, device=dst_positions.device).scatter(0, dst_positions, True)
+    x = metric_BND.reshape(num_batch * parts, -1, width)
+    dst = metric_BND.index_select(1, dst_positions).view(num_batch * parts, -1, width)
+    stays = torch.zeros(num_tokens, dtype=torch.bool, device=x.device).scatter(0, dst_positions, True)
+    own = None
     if scope == "window":
-        slot, outside = _own_window(grid, window, dst_positions.device)
-        stays = stays | outside
-        slot = slot.view(1, parts, -1, 1).expand(num_batch, -1, -1, -1)
-        best, slot = scores.view(num_batch, parts, -1, scores.shape[-1]).gather(3, slot).squeeze(-1), slot.squeeze(-1)
+        own, outside = _own_window(grid, window, x.device)
+        own, stays = own.view(parts, -1).repeat(num_batch, 1), stays | outside
+    similarity, slot = _most_similar(x, dst, own)
+    first_slot = torch.arange(parts, device=x.device).unsqueeze(1) * dst.shape[1]
+    target = dst_positions[(slot.view(num_batch, parts, -1) + first_slot).view(num_batch, num_tokens)]
+    return similarity.view(num_batch, num_tokens).masked_fill(stays, -torch.inf), target
+
+
+def _most_similar(x_BND: Tensor, dst_BMD: Tensor, own_BN: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cosine similarity of each token to its most similar destination, or to its ``own``, and that one's number.
+
+    Args:
+        x_BND: What is compared; B parts that are searched on their own.
+        dst_BMD: Copies of the destinations, which are normalised in place.
+        own_BN: Number of the only destination that each token may have; None for any.
+    """
+    if x_BND.device.type == "cpu" and x_BND.dtype in (torch.bfloat16, torch.float16):
+        # CPUs without matrix units multiply float32 faster, a piece at a time so that the copies stay small
+        size = -(-x_BND.shape[0] // _PIECES)
+        owns = [None] * _PIECES if own_BN is None else torch.split(own_BN, size)
+        pieces = [
+            _most_similar(x.float(), dst.float(), own)
+            for x, dst, own in zip(torch.split(x_BND, size), torch.split(dst_BMD, size), owns, strict=False)
+        ]
+        return torch.cat([best for best, _ in pieces]), torch.cat([slot for _, slot in pieces])
+    unit = dst_BMD.div_(_lengths(dst_BMD).to(dst_BMD.dtype).unsqueeze(-1))
+    scores = torch.bmm(x_BND, unit.transpose(1, 2))
+    if own_BN is None:
+        best, slot = scores.max(dim=-1)
     else:
-        best, slot = scores.view(num_batch, parts, -1, scores.shape[-1]).max(dim=-1)
-    first_slot = torch.arange(parts, device=dst_positions.device).unsqueeze(1) * (dst_positions.numel() // parts)
-    target = dst_positions[(slot + first_slot).view(num_batch, num_tokens)]
-    lengths = _lengths(metric_BND)
-    similarity = best.reshape(num_batch, num_tokens).to(lengths.dtype) / lengths
-    return similarity.masked_fill(stays, -torch.inf), target
+        best, slot = scores.gather(2, own_BN.unsqueeze(-1)).squeeze(-1), own_BN
+    lengths = _lengths(x_BND)
+    return best.to(lengths.dtype) / lengths, slot
 
 
 def _lengths(x_BND: Tensor) -> Tensor:
