@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import os
 import socket
 import time
@@ -20,8 +21,8 @@ class Health:
     """Watches one process of a run.
 
     ``beat`` after each step writes ``rank-00000.json`` (step, time, host, process) at most every ``heartbeat_s``
-    seconds. If no step is finished for ``stuck_after_s`` seconds, the stacks of all threads go into
-    ``stacks-00000.txt``, again and again, whatever the process hangs in; the run itself is left alone.
+    seconds. If no step is finished for ``stuck_after_s`` seconds (or up to a tenth less), the stacks of all threads go
+    into ``stacks-00000.txt``, again and again, whatever the process hangs in; the run itself is left alone.
 
     Args:
         folder: Where the files go.
@@ -33,7 +34,7 @@ class Health:
     def __init__(self, folder: Path, *, rank: int, heartbeat_s: float, stuck_after_s: float) -> None:
         self._beats, self._stacks = folder / f"rank-{rank:05d}.json", folder / f"stacks-{rank:05d}.txt"
         self._heartbeat_s, self._stuck_after_s = heartbeat_s, stuck_after_s
-        self._last = -heartbeat_s
+        self._last, self._armed = -math.inf, -math.inf
         self._file: TextIO | None = None
         if heartbeat_s or stuck_after_s:
             folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +46,8 @@ class Health:
             self._last = now
             sign = {"step": step, "time": round(time.time(), 1), "host": socket.gethostname(), "pid": os.getpid()}
             replace_text(self._beats, json.dumps(sign) + "\n")
-        if self._stuck_after_s:
+        if self._stuck_after_s and now - self._armed >= self._stuck_after_s / 10:  # arming starts a thread
+            self._armed = now
             if self._file is None:
                 self._file = self._stacks.open("a", encoding="utf-8")
             faulthandler.dump_traceback_later(self._stuck_after_s, repeat=True, file=self._file)

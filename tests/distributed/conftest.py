@@ -29,10 +29,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_tree(shards: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Config tree of a run in the folder ``name``: rows of one sample, so that some are text only."""
 
-    def make(name: str, *, data: dict[str, Any] | None = None, **train: Any) -> dict[str, Any]:
+    def make(
+        name: str, *, data: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **train: Any
+    ) -> dict[str, Any]:
         return {
             "seed": 7,
-            "model": {"preset": "tiny"},
+            "model": {"preset": "tiny", **(model or {})},
             "data": {
                 "sources": [{"path": str(shards)}],
                 "packing": {"row_length": 32, "lookahead_rows": 1},

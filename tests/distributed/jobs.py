@@ -88,3 +88,34 @@ def first_decides(ranks: Ranks) -> list[str]:
         except Exception as caught:
             found.append(f"{type(caught).__name__}: {caught}")
     return found
+
+
+def train_with_trouble(ranks: Ranks, tree: dict[str, Any], trouble: str, step: int) -> dict[str, Any]:
+    """Train, with trouble on the last rank alone: a ``full disk`` in the checkpoint, or a loss that is ``not finite``.
+
+    Returns the error, or how many steps were left out.
+    """
+    from llava_scale.errors import LlavaScaleError
+    from llava_scale.training import checkpoint
+
+    real_write, real_backward = checkpoint.write_shards, trainer.Trainer._backward
+    unlucky = ranks.rank == ranks.size - 1
+
+    def write(folder, tensors, group):
+        real_write(folder, tensors, group)
+        if unlucky and trouble == "full disk" and f"step-{step:08d}" in str(folder):
+            raise OSError(28, "No space left on device")
+
+    def backward(self, row, num_tokens, *, last):
+        poisoned = unlucky and trouble == "not finite" and self.step + 1 == step
+        loss = real_backward(self, row, num_tokens, last=last)
+        return loss * float("nan") if poisoned else loss
+
+    checkpoint.write_shards, trainer.Trainer._backward = write, backward
+    try:
+        config = parse_config(tree, origin="test")
+        return {"bad_steps": trainer.train(config, ranks=ranks).bad_steps}
+    except LlavaScaleError as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+    finally:
+        checkpoint.write_shards, trainer.Trainer._backward = real_write, real_backward

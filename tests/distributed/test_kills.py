@@ -18,11 +18,11 @@ def kill(tree, moment, victims, draw):
     Returns whether they were still at work.
     """
     folder = Path(tree["train"]["output_dir"])
-    before = log_size(folder)
+    before, leftover = log_size(folder), unfinished(folder)
     processes, _ = start_ranks(2, jobs.train_all, [(tree, {"resume": True})])
     deadline = time.monotonic() + 60
     while all(process.is_alive() for process in processes) and time.monotonic() < deadline:
-        begun = any((folder / "checkpoints").glob(".step-*.partial"))
+        begun = unfinished(folder) - leftover
         if begun if moment == "in a checkpoint" else log_size(folder) > before:
             break
         time.sleep(0.002)
@@ -35,6 +35,11 @@ def kill(tree, moment, victims, draw):
         process.kill()
         process.join(10)
     return at_work
+
+
+def unfinished(folder):
+    """Checkpoints that are being written or were left so."""
+    return {path.stat().st_ino for path in (folder / "checkpoints").glob(".step-*.partial") if path.exists()}
 
 
 def log_size(folder):

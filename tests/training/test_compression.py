@@ -15,12 +15,17 @@ MERGING = {"type": "token_merging", "ratio": 0.5, "warmup_steps": 6}
 QFORMER = {"type": "qformer", "num_queries": 4, "num_heads": 4}
 
 
+def tiny(compressor):
+    """Model section: pictures of 3 x 3 features."""
+    return {"preset": "tiny", "image_size": 72, "compressor": compressor}
+
+
 def lines_of(result):
     return [json.loads(text) for text in (result.output_dir / "log.jsonl").read_text().splitlines()]
 
 
 def trained(make_config, compressor, **settings):
-    config = make_config(model={"preset": "tiny", "compressor": compressor}, **{"log_every": 1, **settings})
+    config = make_config(model=tiny(compressor), **{"log_every": 1, **settings})
     return train(config)
 
 
@@ -41,7 +46,7 @@ def test_the_log_shows_the_ramp_and_the_rows_hold_what_it_leaves(make_config):
 def test_later_rows_hold_more_samples(make_config):
     packing = {"packing": {"mode": "tokens", "row_length": 64}}
     config = make_config(
-        model={"preset": "tiny", "compressor": {**MERGING, "ratio": 0.65, "warmup_steps": 4}}, data=packing, steps=12,
+        model=tiny({**MERGING, "ratio": 0.65, "warmup_steps": 4}), data=packing, steps=12,
         log_every=1,
     )  # fmt: skip
     lines = [line for line in lines_of(train(config)) if "loss" in line]
@@ -51,7 +56,7 @@ def test_later_rows_hold_more_samples(make_config):
 
 @pytest.mark.parametrize("compressor", [MERGING, QFORMER], ids=["token_merging", "qformer"])
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(make_config, tmp_path, compressor):
-    model = {"preset": "tiny", "compressor": compressor}
+    model = tiny(compressor)
     whole = train(make_config(model=model, steps=6, log_every=1, output_dir=str(tmp_path / "whole")))
     options = {"model": model, "steps": 6, "log_every": 1, "save_every": 3, "output_dir": str(tmp_path / "parts")}
     halves = train(make_config(**options))
@@ -64,7 +69,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(make_config, tmp_path, c
 
 
 def test_stages_train_compressors_and_leave_the_reader_of_questions_alone(make_config):
-    config = make_config(model={"preset": "tiny", "compressor": QFORMER}, stage="align")
+    config = make_config(model=tiny(QFORMER), stage="align")
     summary, _ = dry_run(config)
     trainable = {module.name: module.num_trainable for module in summary.modules}
     assert trainable["compressor"] > 0
@@ -86,5 +91,5 @@ def test_a_meter_that_was_saved_without_the_new_counts_is_taken_up():
 def test_configs_with_compressors_are_saved_and_read_back(make_config):
     from llava_scale.config import to_dict
 
-    config = make_config(model={"preset": "tiny", "compressor": QFORMER})
+    config = make_config(model=tiny(QFORMER))
     assert parse_config(to_dict(config), origin="saved") == config
