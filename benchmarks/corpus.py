@@ -62,7 +62,7 @@ class Corpus:
 
 def make(folder: Path, num_samples: int, num_shards: int) -> Corpus:
     """Write the corpus into ``folder``, or take the one that is there if it was made with the same arguments."""
-    from llava_scale.data.pack_shard import MediaOptions
+    from llava_scale.data.prepare import MediaOptions
     from llava_scale.data.write import pack
 
     corpus = Corpus(folder)

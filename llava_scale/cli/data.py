@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -64,12 +64,16 @@ def pack(
     image_aspect: Annotated[Aspect, typer.Option(help="With --image-size: pad or stretch to a square.")] = Aspect.pad,
     image_quality: Annotated[int, typer.Option(min=1, max=100, help="With --image-size: JPEG quality.")] = 92,
     image_background: Annotated[str, typer.Option(help="With --image-size: colour of padding.")] = "127,127,127",
+    video_frames: Annotated[
+        str, typer.Option(help="With --image-size: store frames of videos: a number, or fps=1 for one a second.")
+    ] = "",
+    audio_rate: Annotated[int, typer.Option(min=0, help="Store sounds as FLAC at this rate; 0 copies them.")] = 0,
     verify: Annotated[Verify, typer.Option(help="Decode copied pictures, or trust their headers.")] = Verify.decode,
     allow_bad: Annotated[int, typer.Option(min=0, help="Bad records that still count as success.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUT holds.")] = False,
 ) -> None:
     """Pack LLaVA JSON and its media into shards with an index; run it again to continue."""
-    from llava_scale.data.pack_shard import MediaOptions
+    from llava_scale.data.prepare import MediaOptions
     from llava_scale.data.write import pack as pack_data
     from llava_scale.errors import ConfigError
 
@@ -78,9 +82,11 @@ def pack(
         image_aspect=image_aspect.value,
         image_quality=image_quality,
         image_background=_color(image_background),
+        audio_rate=audio_rate,
         verify=verify.value,
+        **_frames(video_frames),
     )
-    if not image_size and options != MediaOptions(verify=verify.value):
+    if not image_size and options != MediaOptions(verify=verify.value, audio_rate=audio_rate):
         raise ConfigError("--image-aspect, --image-quality and --image-background need --image-size")
     with _progress("records") as on_progress:
         result = pack_data(
@@ -267,6 +273,20 @@ def _size(num_bytes: float) -> str:
 
 def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _frames(text: str) -> dict[str, Any]:
+    """``8`` or ``fps=1`` as fields of ``MediaOptions``."""
+    from llava_scale.errors import ConfigError
+
+    by_rate = text.startswith("fps=")
+    try:
+        number = float(text.removeprefix("fps=")) if by_rate else int(text or 0)
+    except ValueError:
+        number = -1
+    if number < 0 or (text and not number):
+        raise ConfigError(f"--video-frames must be a number of frames or fps=RATE, got {text!r}")
+    return {"video_fps" if by_rate else "video_frames": number}
 
 
 def _color(text: str) -> tuple[int, int, int]:

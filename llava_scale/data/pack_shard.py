@@ -2,60 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from llava_scale.data.files import write_atomic
 from llava_scale.data.indexing import probe_media
 from llava_scale.data.names import NO_FRAME
 from llava_scale.data.opening import index_name
 from llava_scale.data.pack_plan import BadRecord, PlannedFile, PlannedSample
+from llava_scale.data.prepare import MediaOptions, Prepared, prepare
+from llava_scale.data.records import FRAME_TIMES
 from llava_scale.data.shard_writer import NewMedia, ShardWriter
-from llava_scale.errors import ConfigError, SampleError
-from llava_scale.types import MediaInfo
+from llava_scale.errors import SampleError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from llava_scale.data.media import ImageTransform
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MediaOptions:
-    """What happens to media on their way into a shard.
-
-    Attributes:
-        image_size: Store pictures as square JPEGs with this side; 0 copies files byte for byte.
-        image_aspect: ``pad`` keeps the whole picture on a background, ``resize`` stretches it.
-        image_quality: JPEG quality of prepared pictures, 1 to 100.
-        image_background: RGB colour of the padding.
-        verify: ``decode`` decodes every picture that is copied, ``header`` trusts it when its header can be read.
-        max_image_pixels: Larger pictures are bad records.
-    """
-
-    image_size: int = 0
-    image_aspect: Literal["pad", "resize"] = "pad"
-    image_quality: int = 92
-    image_background: tuple[int, int, int] = (127, 127, 127)
-    verify: Literal["decode", "header"] = "decode"
-    max_image_pixels: int = 100_000_000
-
-    def __post_init__(self) -> None:
-        if self.image_size < 0:
-            raise ConfigError(f"image size must be at least 1, or 0 for faithful copies; got {self.image_size}")
-        if not 1 <= self.image_quality <= 100:
-            raise ConfigError(f"image quality must be in 1 to 100, got {self.image_quality}")
-
-    def prepared(self) -> dict[str, Any]:
-        """Return what ``dataset.json`` says of prepared media; empty where they are copies."""
-        if not self.image_size:
-            return {}
-        values = asdict(self)
-        return {name: values[name] for name in ("image_size", "image_aspect", "image_quality", "image_background")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +49,12 @@ def pack_shard(task: ShardTask) -> int:
     with ShardWriter(task.path) as writer:
         for sample in task.samples:
             try:
-                media = [_load(file, number, task) for file, number in _numbered(sample.files)]
+                loaded = [_load(file, number, task) for file, number in _numbered(sample.files)]
             except SampleError as error:
                 bad.append(BadRecord(sample.number, sample.key, error.reason))
                 continue
-            writer.add(sample.key, encode_record(sample.record), media)
+            media = [member for item in loaded for member in item.media]
+            writer.add(sample.key, encode_record(_record_of(sample, loaded)), media)
         if bad:
             write_atomic(task.report, json.dumps([asdict(item) for item in bad]).encode())
         if writer.num_samples:
@@ -128,7 +92,7 @@ def _numbered(files: Sequence[PlannedFile]) -> list[tuple[PlannedFile, int]]:
     return numbered
 
 
-def _load(file: PlannedFile, number: int, task: ShardTask) -> NewMedia:
+def _load(file: PlannedFile, number: int, task: ShardTask) -> Prepared:
     try:
         data = (task.media_root / file.path).read_bytes()
     except OSError as error:
@@ -136,40 +100,21 @@ def _load(file: PlannedFile, number: int, task: ShardTask) -> NewMedia:
     if not data:
         raise SampleError(f"{file.kind} {file.path!r} is empty")
     try:
-        return _prepare(file, number, data, task.options)
+        return prepare(file.kind, number, data, task.options) or _copied(file, number, data, task.options)
     except SampleError as error:
         raise SampleError(f"{file.kind} {file.path!r}: {error.reason}") from None
 
 
-def _prepare(file: PlannedFile, number: int, data: bytes, options: MediaOptions) -> NewMedia:
-    if file.kind == "image" and options.image_size:
-        side = options.image_size
-        info = MediaInfo(kind="image", width=side, height=side, num_frames=1)
-        return NewMedia("image", "jpg", number, NO_FRAME, _prepared_jpeg(data, options), info)
+def _copied(file: PlannedFile, number: int, data: bytes, options: MediaOptions) -> Prepared:
     info = probe_media(file.kind, file.ext, data)
     if file.kind == "image" and options.verify == "decode":
         from llava_scale.data.media import decode_image
 
         decode_image(data, max_pixels=options.max_image_pixels)
-    return NewMedia(file.kind, file.ext, number, NO_FRAME, data, info)
+    return Prepared((NewMedia(file.kind, file.ext, number, NO_FRAME, data, info),))
 
 
-def _prepared_jpeg(data: bytes, options: MediaOptions) -> bytes:
-    from PIL import Image
-
-    pixels = _transform(options)(data).permute(1, 2, 0).contiguous().numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="JPEG", quality=options.image_quality)
-    return buffer.getvalue()
-
-
-@lru_cache(maxsize=4)
-def _transform(options: MediaOptions) -> ImageTransform:
-    from llava_scale.data.media import ImageTransform
-
-    return ImageTransform(
-        size=options.image_size,
-        aspect=options.image_aspect,
-        background=options.image_background,
-        max_pixels=options.max_image_pixels,
-    )
+def _record_of(sample: PlannedSample, loaded: Sequence[Prepared]) -> dict[str, Any]:
+    """The record, with the times of stored frames per video."""
+    times = [item.times_s for item in loaded if item.media[0].kind == "video"]
+    return sample.record | {FRAME_TIMES: times} if any(times) else sample.record

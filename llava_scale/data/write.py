@@ -20,7 +20,8 @@ from llava_scale.data.index import ShardIndex
 from llava_scale.data.manifest import MANIFEST, DatasetInfo
 from llava_scale.data.opening import load_index
 from llava_scale.data.pack_plan import BadRecord, Plan, make_plan
-from llava_scale.data.pack_shard import MediaOptions, ShardTask, pack_shard, read_bad
+from llava_scale.data.pack_shard import ShardTask, pack_shard, read_bad
+from llava_scale.data.prepare import MediaOptions
 from llava_scale.errors import ConfigError, ShardError
 
 if TYPE_CHECKING:

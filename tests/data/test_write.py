@@ -17,7 +17,7 @@ from PIL import Image
 from llava_scale.data.dataset import open_dataset
 from llava_scale.data.index import ShardIndex
 from llava_scale.data.indexing import build_index
-from llava_scale.data.pack_shard import MediaOptions
+from llava_scale.data.prepare import MediaOptions
 from llava_scale.data.write import pack
 from llava_scale.errors import ConfigError, ShardError
 
