@@ -131,13 +131,18 @@ class _GroupMean(torch.autograd.Function):
         means = F.embedding_bag(
             members, x.reshape(-1, width), counts.cumsum(0) - counts, mode=mode, per_sample_weights=per_sample
         )
-        ctx.save_for_backward(flat, weights)
+        ctx.equal = equal
+        ctx.save_for_backward(flat, counts.reciprocal() if equal else weights)
         return means.view(num_batch, num_groups, width)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Each token gets its group's gradient times its weight."""
         flat, weights = ctx.saved_tensors
-        of_tokens = grad.reshape(-1, grad.shape[-1]).index_select(0, flat)
-        of_tokens = of_tokens.view(*weights.shape, -1)
-        return of_tokens.mul_(weights.unsqueeze(-1).to(grad.dtype)), None, None, None, None
+        of_groups = grad.reshape(-1, grad.shape[-1])
+        if ctx.equal:  # all members of a group get the same: weigh before copying
+            of_groups = of_groups * weights.unsqueeze(-1).to(grad.dtype)
+        of_tokens = of_groups.index_select(0, flat).view(grad.shape[0], -1, grad.shape[-1])
+        if not ctx.equal:
+            of_tokens.mul_(weights.unsqueeze(-1).to(grad.dtype))
+        return of_tokens, None, None, None, None

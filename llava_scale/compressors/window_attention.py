@@ -60,12 +60,11 @@ def window_attention(query: Tensor, key: Tensor, value: Tensor, windows: Windows
         ``(B, H, Q, D)``.
     """
     first, last = windows[0].start, max(window.stop for window in windows)
-    key, value = key[:, :, first:last], value[:, :, first:last]
-    windows = tuple(range(window.start - first, window.stop - first) for window in windows)
-    if last - first <= DENSE_UP_TO * max(map(len, windows)):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=_mask(windows, last - first, query.device))
-    output: Tensor = _GroupedAttention.apply(query, key, value, windows)  # type: ignore[no-untyped-call]
-    return output
+    if last - first > DENSE_UP_TO * max(map(len, windows)):
+        output: Tensor = _GroupedAttention.apply(query, key, value, windows)  # type: ignore[no-untyped-call]
+        return output
+    inside = [range(window.start - first, window.stop - first) for window in windows]
+    return _attend(query, key[:, :, first:last], value[:, :, first:last], inside)
 
 
 def _mask(windows: Sequence[range], num_tokens: int, device: torch.device) -> Tensor | None:

@@ -37,7 +37,11 @@ TINY = {name: text for name, text in KINDS.items() if name != "legacy"}
 
 
 def model_config(text, *overrides):
-    base = [] if any(item.startswith("model.init_from") for item in overrides) else ["model.preset=tiny"]
+    base = (
+        []
+        if any(item.startswith("model.init_from") for item in overrides)
+        else ["model.preset=tiny", "model.image_size=72"]
+    )
     return load_config(None, [*base, f"model.compressor={text}", *overrides]).model
 
 
