@@ -55,9 +55,9 @@ class DataConfig:
     """How samples are laid into rows."""
     truncate: Literal["error", "text"] = "error"
     """Samples longer than a row: an error, or cut their text (never their media tokens)."""
-    block_size: Count = 64
+    block_size: Count = 16
     """Neighbouring samples that are fetched together."""
-    shuffle_blocks: Count = 16
+    shuffle_blocks: Count = 64
     """Blocks in the window inside which samples are shuffled."""
     shuffle: bool = True
     """False reads samples in the order of the shards."""

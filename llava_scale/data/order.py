@@ -53,8 +53,8 @@ class Order:
 
     num_samples: int
     seed: int = 0
-    block_size: int = 64
-    window_blocks: int = 16
+    block_size: int = 16
+    window_blocks: int = 64
     shuffle: bool = True
 
     def __post_init__(self) -> None:

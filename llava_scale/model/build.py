@@ -29,6 +29,7 @@ from llava_scale.model.modeling import LlavaScaleForConditionalGeneration, build
 from llava_scale.model.presets import (
     TINY_IMAGE_MEAN,
     TINY_IMAGE_STD,
+    spread_positions,
     tiny_instruction_config,
     tiny_text_config,
     tiny_tokenizer,
@@ -324,7 +325,10 @@ def _config_and_tower(
         **vision,
     )
     expected = pretrained and whole_features(pretrained, full.vision_feature_layer, full.image_size)
-    tower = build_tower(full, pretrained).to(dtype)
+    tower = build_tower(full, pretrained)
+    if full.vision_config.model_type == "clip_vision_model" and config.preset:
+        spread_positions(tower)
+    tower = tower.to(dtype)
     if isinstance(tower, TransformersVisionTower):
         check_cut(tower, expected)
     return full, tower

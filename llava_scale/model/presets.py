@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPTextConfig, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 END = "<|end|>"
@@ -29,7 +34,7 @@ WORDS = (
     "one or orange other outside over picture pink pitch position purple quiet rectangle red right same second see "
     "seven shape shapes show shown shows side six size small smaller sound square star system tell ten than that the "
     "there these thing things third this three to top triangle two under up user video was what where which white "
-    "with word yellow yes you above circles cross crosses say squares stars triangles zero"
+    "with word yellow yes you above circles cross crosses say squares stars triangles zero ring rings list place"
 )
 """Words that are one token each, with and without a space before them and with a capital letter; any other text
 falls back to bytes."""
@@ -53,7 +58,7 @@ class TinySizes:
         max_positions: Longest text in tokens.
     """
 
-    image_size: int = 72
+    image_size: int = 48
     patch_size: int = 24
     vision_width: int = 128
     vision_layers: int = 3
@@ -68,6 +73,9 @@ class TinySizes:
 
 INITIALIZER_RANGE = 0.06
 """Larger than the usual 0.02: at these widths attention would else start uniform and take long to leave that."""
+
+PATCH_SCALE = 0.4
+"""Brings the embedded patches of the synthetic pictures to about 1."""
 
 TINY = TinySizes()
 TINY_IMAGE_MEAN, TINY_IMAGE_STD = (0.905, 0.887, 0.882), (0.143, 0.164, 0.182)
@@ -99,6 +107,17 @@ def tiny_instruction_config(vocab_size: int, sizes: TinySizes = TINY) -> CLIPTex
         bos_token_id=0,
         eos_token_id=1,
     )
+
+
+@torch.no_grad()
+def spread_positions(tower: nn.Module) -> None:
+    """Let fresh position embeddings count as much as the patches of a fresh CLIP-like tower.
+
+    By CLIP's own initialisation they are a hundredth of a patch, and a small model takes long to see where things are.
+    """
+    embeddings = tower.get_submodule("model.embeddings")
+    embeddings.get_parameter("patch_embedding.weight").mul_(PATCH_SCALE)
+    embeddings.get_parameter("position_embedding.weight").normal_()
 
 
 def tiny_text_config(vocab_size: int, sizes: TinySizes = TINY) -> LlamaConfig:

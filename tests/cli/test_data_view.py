@@ -41,7 +41,7 @@ def test_show_looks_through_a_recipe_and_a_tokenizer(shards, tmp_path):
     from llava_scale.model.presets import tiny_tokenizer
 
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("name: mine\nmodel: {preset: tiny}\ndata: {chat_template: plain, packing: {row_length: 8}}\n")
+    recipe.write_text("name: mine\nmodel: {preset: tiny}\ndata: {chat_template: native, packing: {row_length: 8}}\n")
     assert run("show", shards, "--config", recipe, "--out", tmp_path / "a.html").exit_code == 0
     assert "do not fit in a row of 8" in (tmp_path / "a.html").read_text()
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")

@@ -53,15 +53,15 @@ def test_every_kind_of_sample_is_made_with_its_media(tmp_path: Path):
         assert text.count("<image>") == len(record.get("image", []))
         for name in record.get("image", []):
             pixels = decode_image((tmp_path / name).read_bytes(), max_pixels=10_000)
-            assert pixels.shape == (3, 72, 72)
+            assert pixels.shape == (3, 48, 48)
     assert len({record["task"] for record in records}) > 5
 
 
 def test_answers_are_true_of_the_scene():
     scene = (
-        Thing("red", "circle", "small", 0),
+        Thing("red", "ring", "small", 0),
         Thing("blue", "triangle", "large", 1),
-        Thing("red", "cross", "large", 8),
+        Thing("red", "cross", "large", 3),
     )
     from llava_scale.data.toy import questions as ask
 
@@ -69,23 +69,32 @@ def test_answers_are_true_of_the_scene():
     answers = {q.text: q.answer for q in (ask.ask_about_one(rng, scene) for _ in range(6000)) if q is not None}
     assert answers["What color is the triangle?"] == "blue"
     assert answers["What shape is the blue object?"] == "triangle"
-    assert answers["Where is the red cross?"] == "bottom right"
-    assert answers["What is at the top left?"] == "red circle"
-    assert answers["What is right of the red circle?"] == "blue triangle"
-    assert answers["What is left of the blue triangle?"] == "red circle"
+    assert answers["Where is the red cross?"] == "red cross bottom right"
+    assert answers["Where is the cross?"] == "cross bottom right"
+    assert answers["Where is the blue object?"] == "blue object top right"
+    assert answers["What is at the top left?"] == "red ring"
+    assert answers["What is right of the red ring?"] == "blue triangle"
+    assert answers["What is left of the blue object?"] == "red ring"
+    assert answers["What is below the triangle?"] == "red cross"
     assert answers["How many red objects are there?"] == "two"
     assert answers["How many objects are there?"] == NUMBERS[3]
     assert answers["Is the blue triangle small or large?"] == "large"
-    assert answers["Is there a red circle?"] == "yes"
-    assert answers["Is there a red triangle?"] == "no"
+    assert answers["List color by shape."] == "cross red and ring red and triangle blue"
+    assert answers["List place by name."] == "blue triangle top right and red cross bottom right and red ring top left"
+    assert answers["List place by shape."] == "cross bottom right and ring top left and triangle top right"
+    assert "List place by color." not in answers
+    assert answers["Describe the picture."] == (
+        "a small red ring at the top left and a large blue triangle at the top right "
+        "and a large red cross at the bottom right"
+    )
     assert "What shape is the red object?" not in answers
-    assert "Describe the picture." not in answers
+    assert "Where is the red object?" not in answers
 
 
 def test_the_picture_shows_the_scene():
-    pixels = render((Thing("red", "square", "large", 8),), random.Random(0)).astype(int)
+    pixels = render((Thing("red", "square", "large", 3),), random.Random(0)).astype(int)
     reddish = (pixels[..., 0] - pixels[..., 1] > 80).nonzero()
-    assert np.min(reddish) >= 48
+    assert np.min(reddish) >= 24
     assert len(reddish[0]) > 100
 
 

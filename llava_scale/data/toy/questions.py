@@ -6,15 +6,23 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llava_scale.data.toy.scenes import CELLS, COLORS, MAX_THINGS, SHAPES, SIZES, Scene, Thing
+from llava_scale.data.toy.scenes import CELLS, COLORS, MAX_THINGS, SHAPES, Scene, Thing
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 ORDINALS = ("first", "second", "third")
 
+_QUALITIES: dict[str, Callable[[Thing], str]] = {
+    "color": lambda thing: thing.color,
+    "shape": lambda thing: thing.shape,
+    "place": lambda thing: CELLS[thing.cell],
+    "name": lambda thing: thing.name,
+}
+_LISTS = (("color", "shape"), ("shape", "color"), ("place", "color"), ("place", "shape"), ("place", "name"))
+_CAPTION_SHARE = 0.3
 _NEIGHBOURS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 _TRIES = 8
 
@@ -41,15 +49,18 @@ def ask_shape(rng: random.Random, scene: Scene) -> Question | None:
 
 
 def ask_size(rng: random.Random, scene: Scene) -> Question | None:
-    """Size of a thing named by colour and shape."""
-    thing = _only_one(rng, scene, lambda thing: thing.name)
-    return None if thing is None else Question("size", f"Is the {thing.name} small or large?", thing.size)
+    """Size of a thing."""
+    named = _one_named(rng, scene)
+    return None if named is None else Question("size", f"Is the {named[1]} small or large?", named[0].size)
 
 
 def ask_position(rng: random.Random, scene: Scene) -> Question | None:
-    """Cell of a thing named by colour and shape."""
-    thing = _only_one(rng, scene, lambda thing: thing.name)
-    return None if thing is None else Question("position", f"Where is the {thing.name}?", CELLS[thing.cell])
+    """Cell of a thing; the answer says the name again, as an entry of a list does."""
+    named = _one_named(rng, scene)
+    if named is None:
+        return None
+    thing, name = named
+    return Question("position", f"Where is the {name}?", f"{name} {CELLS[thing.cell]}")
 
 
 def ask_content(rng: random.Random, scene: Scene) -> Question | None:
@@ -61,49 +72,28 @@ def ask_content(rng: random.Random, scene: Scene) -> Question | None:
 def ask_relation(rng: random.Random, scene: Scene) -> Question | None:
     """The neighbour of a named thing in one direction."""
     by_cell = {(thing.row, thing.column): thing for thing in scene}
-    names = Counter(thing.name for thing in scene)
     pairs = [
-        (word, thing, by_cell[thing.row + rows, thing.column + columns])
-        for thing in scene
-        if names[thing.name] == 1
+        (word, name, by_cell[thing.row + rows, thing.column + columns])
+        for thing, name in _names(scene)
         for word, (rows, columns) in _NEIGHBOURS.items()
         if (thing.row + rows, thing.column + columns) in by_cell
     ]
     if not pairs:
         return None
-    word, thing, neighbour = rng.choice(pairs)
-    return Question("relation", f"What is {word} the {thing.name}?", neighbour.name)
+    word, name, neighbour = rng.choice(pairs)
+    return Question("relation", f"What is {word} the {name}?", neighbour.name)
 
 
 def ask_count(rng: random.Random, scene: Scene) -> Question | None:
-    """Number of all things, or of those of one colour, shape or size."""
-    what = rng.choice(("all", "all", "color", "shape", "size"))
+    """Number of all things, or of those of one colour or shape."""
+    what = rng.choice(("all", "color", "shape"))
     if what == "all":
         return Question("count", "How many objects are there?", NUMBERS[len(scene)])
-    if what == "size":
-        size = rng.choice(tuple(SIZES))
-        return Question("count", f"How many {size} objects are there?", _number(thing.size == size for thing in scene))
     # a look that is there twice or more is asked for first, so that "one" is not nearly always right
     looks = Counter(thing.color if what == "color" else thing.shape for thing in scene)
     look = rng.choice([name for name, times in looks.items() if times == max(looks.values())])
     noun = f"{look} objects" if what == "color" else "crosses" if look == "cross" else f"{look}s"
     return Question("count", f"How many {noun} are there?", NUMBERS[looks[look]])
-
-
-def ask_existence(rng: random.Random, scene: Scene) -> Question | None:
-    """Whether a thing is there: yes and no equally often; a wrong one shares colour or shape with a thing there."""
-    thing = rng.choice(scene)
-    if rng.random() < 0.5:
-        return Question("existence", f"Is there a {thing.name}?", "yes")
-    there = {other.name for other in scene}
-    alike = [f"{thing.color} {shape}" for shape in SHAPES] + [f"{color} {thing.shape}" for color in COLORS]
-    return Question("existence", f"Is there a {rng.choice([name for name in alike if name not in there])}?", "no")
-
-
-def ask_caption(rng: random.Random, scene: Scene) -> Question | None:
-    """A caption; scenes of one or two things only, so that an exact match is a fair demand."""
-    del rng
-    return caption_of(scene) if len(scene) <= 2 else None
 
 
 def caption_of(scene: Scene) -> Question:
@@ -112,16 +102,30 @@ def caption_of(scene: Scene) -> Question:
     return Question("caption", "Describe the picture.", " and ".join(parts))
 
 
+def tell_all(rng: random.Random, scene: Scene) -> Question:
+    """A question whose answer tells of every thing: the densest to learn from.
+
+    Besides captions these are lists of one quality by another, where no two things share the other.
+    """
+    kinds = [
+        (asked, given) for asked, given in _LISTS if len({_QUALITIES[given](thing) for thing in scene}) == len(scene)
+    ]
+    if not kinds or rng.random() < _CAPTION_SHARE:
+        return caption_of(scene)
+    asked, given = rng.choice(kinds)
+    pairs = sorted((_QUALITIES[given](thing), _QUALITIES[asked](thing)) for thing in scene)
+    return Question("list", f"List {asked} by {given}.", " and ".join(f"{key} {value}" for key, value in pairs))
+
+
 _ABOUT_ONE: dict[Callable[[random.Random, Scene], Question | None], float] = {
     ask_color: 3,
     ask_shape: 3,
-    ask_position: 3,
-    ask_content: 3,
+    ask_position: 4,
+    ask_content: 2,
     ask_relation: 3,
     ask_count: 3,
     ask_size: 1,
-    ask_existence: 1,
-    ask_caption: 2,
+    tell_all: 3,
 }
 """Questions about one picture with their shares; those with two possible answers are few."""
 
@@ -141,7 +145,7 @@ def ask_about_two(rng: random.Random, first: Scene, second: Scene) -> Question |
         winner = ORDINALS[0] if (len(first) > len(second)) == more else ORDINALS[1]
         return Question("compare", f"Which picture has {word} objects?", f"the {winner}")
     place = rng.randrange(2)
-    maker = rng.choice((ask_color, ask_shape, ask_position, ask_count))
+    maker = rng.choice((ask_color, ask_shape, ask_position, ask_count, tell_all))
     question = maker(rng, (first, second)[place])
     if question is None:
         return None
@@ -174,12 +178,20 @@ def different_questions(draw: Callable[[], Question | None], number: int) -> tup
     return tuple(found.values())
 
 
+def _names(scene: Scene) -> list[tuple[Thing, str]]:
+    """Things with each of their names (by colour, by shape, by both) that no other thing shares."""
+    pairs = [(thing, name) for thing in scene for name in (f"{thing.color} object", thing.shape, thing.name)]
+    times = Counter(name for _, name in pairs)
+    return [(thing, name) for thing, name in pairs if times[name] == 1]
+
+
+def _one_named(rng: random.Random, scene: Scene) -> tuple[Thing, str] | None:
+    choices = _names(scene)
+    return rng.choice(choices) if choices else None
+
+
 def _only_one(rng: random.Random, scene: Scene, look: Callable[[Thing], str]) -> Thing | None:
     """A thing whose look no other thing shares."""
     times = Counter(map(look, scene))
     choices = [thing for thing in scene if times[look(thing)] == 1]
     return rng.choice(choices) if choices else None
-
-
-def _number(outcomes: Iterable[bool]) -> str:
-    return NUMBERS[sum(outcomes)]

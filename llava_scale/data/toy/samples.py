@@ -16,8 +16,8 @@ from llava_scale.data.toy.questions import (
     ask_about_one,
     ask_about_two,
     ask_without_picture,
-    caption_of,
     different_questions,
+    tell_all,
 )
 from llava_scale.data.toy.scenes import Scene, Split, draw_scene, encode, render
 from llava_scale.errors import ConfigError
@@ -26,10 +26,10 @@ from llava_scale.types import PLACEHOLDERS, MediaKind
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MAX_TURNS = 6
-"""Most questions in one conversation."""
+_NUM_TURNS = (1, 1, 1, 1, 1, 1, 2, 3)
+"""Questions in a conversation, drawn with equal chances. Most have one: what earlier answers tell need not be seen."""
 
-_CAPTION_SHARE = 0.3
+_TELL_ALL_SHARE = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +53,9 @@ class ToyResult:
 def make_one_picture(rng: random.Random, split: Split, num_turns: int) -> ToySample:
     """One picture and questions about it."""
     scene = draw_scene(rng, split)
-    if split == "train" and rng.random() < _CAPTION_SHARE:
-        return ToySample((_picture(rng, scene),), (caption_of(scene),))
-    questions = different_questions(lambda: ask_about_one(rng, scene), num_turns)
-    if num_turns == MAX_TURNS:
-        # It says all there is to see: the densest thing to learn from. Last, so that no answer can be read off it.
-        questions = (*(question for question in questions if question.task != "caption"), caption_of(scene))
-    return ToySample((_picture(rng, scene),), questions)
+    if split == "train" and rng.random() < _TELL_ALL_SHARE:
+        return ToySample((_picture(rng, scene),), (tell_all(rng, scene),))
+    return ToySample((_picture(rng, scene),), different_questions(lambda: ask_about_one(rng, scene), num_turns))
 
 
 def make_two_pictures(rng: random.Random, split: Split, num_turns: int) -> ToySample:
@@ -76,9 +72,9 @@ def make_text(rng: random.Random, split: Split, num_turns: int) -> ToySample:
 
 
 MAKERS: dict[Callable[[random.Random, Split, int], ToySample], float] = {
-    make_one_picture: 0.78,
-    make_two_pictures: 0.12,
-    make_text: 0.10,
+    make_one_picture: 0.84,
+    make_two_pictures: 0.08,
+    make_text: 0.08,
 }
 """Makers of samples with their shares; other modalities are added here."""
 
@@ -86,10 +82,10 @@ MAKERS: dict[Callable[[random.Random, Split, int], ToySample], float] = {
 def write_toy(out: str | Path, *, num_samples: int, num_test: int = 0, seed: int = 0) -> ToyResult:
     """Write ``train.json``, ``test.json`` and ``media/`` into ``out``.
 
-    The combinations of colour, shape and place in test pictures never occur in training pictures
-    (:func:`llava_scale.data.toy.scenes.is_held_out`). Training conversations have one to ``MAX_TURNS`` questions,
-    test conversations one, two or three. The field ``task`` names the skill, or ``dialogue`` where there are several
-    turns.
+    The combinations of things in test pictures never occur in training pictures
+    (:func:`llava_scale.data.toy.scenes.is_held_out`). Conversations have one to three questions; three training
+    pictures in ten come with a question that asks for everything. The field ``task`` names the skill, or ``dialogue``
+    where there are several turns.
 
     Args:
         out: Folder; existing files of the same name are replaced.
@@ -123,7 +119,7 @@ def make_sample(split: Split, seed: int, number: int) -> ToySample:
     """Sample ``number`` of a split."""
     rng = random.Random(f"{seed}/{split}/{number}")
     (maker,) = rng.choices(tuple(MAKERS), tuple(MAKERS.values()))
-    turns = rng.choice((1, 4, *(MAX_TURNS,) * 6)) if split == "train" else rng.choice((1, 1, 1, 1, 2, 3))
+    turns = rng.choice(_NUM_TURNS)
     sample = maker(rng, split, turns)
     while not sample.questions:
         sample = maker(rng, split, turns)

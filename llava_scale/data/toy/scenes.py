@@ -1,6 +1,6 @@
 """Pictures of coloured shapes: what they hold, which combinations are held out, and how they are drawn.
 
-A scene is up to four things on a 3x3 grid of cells, at most one in each. The combination of things in a scene (their
+A scene is up to three things on a 2x2 grid of cells, at most one in each. The combination of things in a scene (their
 colours and shapes, wherever they stand) decides by its hash on which split the scene belongs to. So no picture of the
 test set shows a combination that a training picture shows, whatever the seeds of the two sets, while every single
 colour, shape, size and place occurs in both.
@@ -28,21 +28,20 @@ Split = Literal["train", "test"]
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (214, 32, 36),
-    "black": (24, 24, 28),
     "yellow": (240, 212, 28),
     "green": (34, 150, 62),
     "blue": (38, 82, 208),
-    "purple": (132, 44, 164),
 }
-SHAPES = ("circle", "square", "triangle", "cross")
-SIZES: dict[str, tuple[int, int]] = {"small": (5, 6), "large": (9, 10)}
+SHAPES = ("ring", "square", "triangle", "cross")
+SIZES: dict[str, tuple[int, int]] = {"small": (6, 7), "large": (9, 10)}
 """Radius in pixels: smallest and largest of each size."""
-CELLS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+CELLS = ("top left", "top right", "bottom left", "bottom right")
 """Names of the cells in raster order."""
-IMAGE_SIZE = 72
-MAX_THINGS = 4
+IMAGE_SIZE = 48
+MAX_THINGS = 3
 
-_CELL = IMAGE_SIZE // 3
+_SIDE = 2
+_CELL = IMAGE_SIZE // _SIDE
 _SUPERSAMPLING = 8
 _HELD_OUT_EVERY = 5
 _COLOR_JITTER = 10
@@ -52,7 +51,7 @@ _BACKGROUND = (226, 250)
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One coloured shape in a cell (0 to 8, raster order)."""
+    """One coloured shape in a cell (0 to 3, raster order)."""
 
     color: str
     shape: str
@@ -66,13 +65,13 @@ class Thing:
 
     @property
     def row(self) -> int:
-        """0 at the top, 2 at the bottom."""
-        return self.cell // 3
+        """0 at the top, 1 at the bottom."""
+        return self.cell // _SIDE
 
     @property
     def column(self) -> int:
-        """0 at the left, 2 at the right."""
-        return self.cell % 3
+        """0 at the left, 1 at the right."""
+        return self.cell % _SIDE
 
 
 Scene = tuple[Thing, ...]
@@ -143,21 +142,29 @@ def encode(pixels: NDArray[np.uint8], extension: str) -> bytes:
 
 
 def _outline(shape: str) -> Callable[[ImageDraw.ImageDraw, float], None]:
-    """Drawer of ``shape`` with radius r around (r, r); a cross where it is none of the others."""
+    """Drawer of ``shape`` with radius r around (r, r); a cross where it is none of the others.
+
+    Each has its own mark in the middle or the corners, so that small ones can be told apart in a few pixels.
+    """
 
     def polygon(corners: Sequence[tuple[float, float]]) -> Callable[[ImageDraw.ImageDraw, float], None]:
         return lambda pen, r: pen.polygon([(r + r * x, r + r * y) for x, y in corners], fill=255)
 
-    if shape == "circle":
-        return lambda pen, r: pen.ellipse((0, 0, 2 * r, 2 * r), fill=255)
+    if shape == "ring":
+        return _draw_ring
     if shape == "square":
-        side = 0.86  # about the area of the circle, so that area alone does not tell them apart
+        side = 0.86
         return polygon([(-side, -side), (side, -side), (side, side), (-side, side)])
     if shape == "triangle":
         return polygon([(0, -1), (1, 0.9), (-1, 0.9)])
     arm = 0.34
     upright = [(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm), (arm, 1), (-arm, 1)]
     return polygon([*upright, (-arm, arm), (-1, arm), (-1, -arm), (-arm, -arm)])
+
+
+def _draw_ring(pen: ImageDraw.ImageDraw, r: float) -> None:
+    pen.ellipse((0, 0, 2 * r, 2 * r), fill=255)
+    pen.ellipse((r / 2, r / 2, 3 * r / 2, 3 * r / 2), fill=0)
 
 
 @functools.cache
