@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llava_scale.data.index import MediaEntry, SampleEntry, ShardIndex, group_media
+from llava_scale.data.index import MediaEntry, SampleEntry, ShardIndex, group_media, is_framed
 from llava_scale.data.indexing import count_media
 from llava_scale.data.manifest import DatasetInfo
 from llava_scale.data.names import NO_FRAME
@@ -148,7 +148,7 @@ class ShardedDataset:
         """Return several samples in the order asked, fetched together; a bad one as its error."""
         found: list[Sample | SampleError | None] = [None] * len(numbers)
         for s, places in self._by_shard(numbers):
-            entries = [self.index(s).entry(j) for _, j in places]
+            entries = self.index(s).entries([j for _, j in places])
             ranges = [_ranges(entry) for entry in entries]
             data = iter(self.store.read_many(self.shard_name(s), [item for group in ranges for item in group]))
             for (place, _), entry, group in zip(places, entries, ranges, strict=True):
@@ -249,6 +249,10 @@ def _make_sample(entry: SampleEntry, data: list[bytes], shard: str) -> Sample:
 
 def _make_media(entry: SampleEntry, files: list[bytes]) -> dict[MediaKind, tuple[tuple[str, bytes], ...]]:
     media: dict[MediaKind, list[tuple[str, bytes]]] = {}
+    if not is_framed(entry.media):
+        for item, data in zip(entry.media, files, strict=True):
+            media.setdefault(item.kind, []).append((item.ext, data))
+        return {kind: tuple(items) for kind, items in media.items()}
     remaining = iter(files)
     for entries in group_media(entry.media):
         stored = [(item.ext, next(remaining)) for item in entries]

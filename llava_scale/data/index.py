@@ -120,9 +120,14 @@ def media_order(entry: MediaEntry) -> tuple[int, int, int]:
     return _KINDS[entry.kind], entry.number, entry.frame
 
 
+def is_framed(media: Sequence[MediaEntry]) -> bool:
+    """Whether a video among ``media`` is stored as frames."""
+    return any(entry.frame != NO_FRAME for entry in media)
+
+
 def group_media(media: Sequence[MediaEntry]) -> list[tuple[MediaEntry, ...]]:
     """Return one tuple of entries per medium: a file alone, or all stored frames of one video."""
-    if all(entry.frame == NO_FRAME for entry in media):
+    if not is_framed(media):
         return [(entry,) for entry in media]
     grouped: list[tuple[MediaEntry, ...]] = []
     for (_, _, whole), group in groupby(media, lambda entry: (entry.kind, entry.number, entry.frame == NO_FRAME)):
@@ -186,6 +191,27 @@ class ShardIndex:
         offset, size = self.json_range(i)
         return SampleEntry(self.key(i), offset, size, self._media(i))
 
+    def entries(self, numbers: Sequence[int]) -> list[SampleEntry]:
+        """Return ``entry`` of many samples at once."""
+        columns, chosen = self._columns, np.asarray(numbers, np.int64)
+        rows, counts = self._media_rows(chosen)
+        facts = zip(*(column[rows].tolist() for column in self._media_columns), strict=True)
+        media = [self._as_entry(*fact) for fact in facts]
+        key_ends = columns["key_end"]
+        key_starts = np.where(chosen > 0, key_ends[chosen - 1], 0)
+        places = zip(
+            key_starts.tolist(),
+            *(columns[name][chosen].tolist() for name in ("key_end", "json_offset", "json_size")),
+            np.cumsum(counts).tolist(),
+            strict=True,
+        )
+        found, first = [], 0
+        for key_start, key_end, offset, size, stop in places:
+            key = self._keys[key_start:key_end].decode("utf-8", "surrogatepass")
+            found.append(SampleEntry(key, offset, size, tuple(media[first:stop])))
+            first = stop
+        return found
+
     def media_infos(self, i: int) -> tuple[MediaInfo, ...]:
         """Return what is known of the media of sample ``i``, by kind (image, video, audio), then number."""
         return tuple(media_info(entries) for entries in group_media(self._media(i)))
@@ -193,10 +219,7 @@ class ShardIndex:
     def media_infos_of(self, numbers: NDArray[np.int64]) -> list[tuple[MediaInfo, ...]]:
         """Return ``media_infos`` of many samples at once; equal media share one object."""
         columns = self._columns
-        ends = columns["media_end"].astype(np.int64)
-        stops = ends[numbers]
-        counts = stops - np.where(numbers > 0, ends[numbers - 1], 0)
-        rows = np.arange(int(counts.sum())) + np.repeat(stops - np.cumsum(counts), counts)
+        rows, counts = self._media_rows(numbers)
         if (columns["frame"][rows] != NO_FRAME).any():
             return [self.media_infos(number) for number in numbers.tolist()]
         facts = zip(*(columns[name][rows].tolist() for name in _INFO_COLUMNS), strict=True)
@@ -258,10 +281,19 @@ class ShardIndex:
         start = ends.item(i - 1) if i else 0
         return tuple(self._medium(number) for number in range(start, ends.item(i)))
 
+    def _media_rows(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows of the media of many samples, one sample after the other, and how many each has."""
+        ends = self._columns["media_end"]
+        stops = ends[numbers].astype(np.int64)
+        counts = stops - np.where(numbers > 0, ends[numbers - 1], 0)
+        return np.arange(int(counts.sum())) + np.repeat(stops - np.cumsum(counts), counts), counts
+
     def _medium(self, number: int) -> MediaEntry:
-        kind, ext, index, frame, offset, size, *look = [column.item(number) for column in self._media_columns]
+        return self._as_entry(*(column.item(number) for column in self._media_columns))
+
+    def _as_entry(self, kind: int, ext: int, number: int, frame: int, offset: int, size: int, *look: int) -> MediaEntry:
         info = _shared_info(kind, *look)
-        return MediaEntry(info.kind, self._extensions[ext], index, frame, offset, size, info)
+        return MediaEntry(info.kind, self._extensions[ext], number, frame, offset, size, info)
 
 
 @dataclass(slots=True)

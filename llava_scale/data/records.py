@@ -21,6 +21,7 @@ _ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "system": "system",
 }
+_BOM = b"\xef\xbb\xbf"
 FRAMES_EXT = "frames"
 """Extension under which a sample hands over a video stored as frames (see ``join_frames``)."""
 FRAME_TIMES = "frame_times_s"
@@ -36,7 +37,7 @@ def load_record(data: bytes) -> dict[str, Any]:
     if not data:
         raise SampleError("has no json member, or an empty one; add the conversation or remove the files")
     try:
-        record = json.loads(data)
+        record = json.loads(data.decode("utf-8-sig" if data.startswith(_BOM) else "utf-8"))
     except ValueError as error:
         raise SampleError(f"its json cannot be read ({error}); write it again") from None
     if not isinstance(record, dict):
@@ -111,15 +112,20 @@ def _read_turns(record: Mapping[str, Any]) -> tuple[Turn, ...]:
         text = message.get("value") if isinstance(message, dict) else None
         if not isinstance(speaker, str) or not isinstance(text, str):
             raise SampleError(f"message {number} is no {{'from', 'value'}} object with two texts")
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise SampleError(f"message {number} holds half of a surrogate pair; write the text in UTF-8") from None
+        if not text.isascii():
+            _check_pairs(text, number)
         role = _ROLES.get(speaker)
         if role is None:
             raise SampleError(f"message {number} is from {speaker!r}; known: {', '.join(_ROLES)}")
         turns.append(Turn(role, text))
     return tuple(turns)
+
+
+def _check_pairs(text: str, number: int) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise SampleError(f"message {number} holds half of a surrogate pair; write the text in UTF-8") from None
 
 
 def _check_order(turns: tuple[Turn, ...]) -> None:
