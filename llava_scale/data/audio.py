@@ -41,6 +41,7 @@ _SEEK_FROM_S = 2.0  # clips that begin earlier are read from the start
 _LEAD_S = 0.5  # decoded before a clip, so that the decoder has settled
 _SETTLE_S = 0.05  # kept before a clip for the resampling filter
 _PADDING_S = 0.2  # silence that codecs append
+_LONGEST_GAP_S = 60.0  # behind damage; beyond it the time stamp itself is damaged
 _BLOCK_S = 4.0
 _LOUDEST = 4.0  # lossy codecs exceed 1 a little; far beyond it is damage
 
@@ -104,13 +105,13 @@ class AudioTransform:
             raise SampleError(f"the clip ends at {end_s} s, not after its start at {start_s} s")
         with opened(data, "sound") as container:
             track = _Track(container, data, self.limits)
-            mixer = _Mixer(track, self)
+            mixer = _Mixer(track, self, start_s)
             for position, frame in track.frames(max(0.0, start_s - _SETTLE_S)):
                 if end_s is not None and position >= (end_s + _SETTLE_S) * track.rate:
                     break
                 if position + frame.samples > (start_s - _SETTLE_S) * track.rate:
                     mixer.add(position, frame)
-            wave = mixer.clip(start_s, end_s)
+            wave = mixer.clip(end_s)
         lost_s = mixer.lost_s
         if end_s is None and track.expected_s is not None:
             lost_s += max(0.0, track.expected_s - max(mixer.end_s, start_s))
@@ -182,20 +183,21 @@ class _Track:
                 position = end = position + frame.samples
 
     def _stamp(self, frame: Any, end: int) -> int:
-        """Where a frame begins by its time stamp; ``end`` if that cannot be."""
+        """Where a frame begins by its time stamp; ``end``, where the last one did end, if that cannot be."""
         at_s = seconds(frame.pts, frame.time_base)
         if at_s is None or (self.expected_s is not None and at_s - self._origin_s > self.expected_s):
             return end
-        return max(end, round((at_s - self._origin_s) * self.rate))
+        stamp = round((at_s - self._origin_s) * self.rate)
+        return stamp if end == 0 or 0 <= stamp - end <= _LONGEST_GAP_S * self.rate else end
 
 
 class _Mixer:
     """Frames in, one channel at the wanted rate out."""
 
-    def __init__(self, track: _Track, how: AudioTransform) -> None:
+    def __init__(self, track: _Track, how: AudioTransform, start_s: float) -> None:
         import av
 
-        self._track, self._how = track, how
+        self._track, self._how, self._start_s = track, how, start_s
         self._resampler: Any = av.AudioResampler(format="flt", layout="mono", rate=how.sample_rate)
         self.lost_s = 0.0
         # Output begins at a sample that the input has too, so that a clip's samples are those of the whole sound.
@@ -233,8 +235,8 @@ class _Mixer:
         self._num_waiting += frame.samples
         self._end = position + frame.samples
 
-    def clip(self, start_s: float, end_s: float | None) -> NDArray[np.float32]:
-        """What was added, from ``start_s`` to ``end_s`` or the end; silence before the track begins."""
+    def clip(self, end_s: float | None) -> NDArray[np.float32]:
+        """What was added, from the start of the clip to ``end_s`` or the end; silence before the track begins."""
         self._flush()
         self._collect(self._resampler.resample(None))
         wave = np.concatenate([np.zeros(0, np.float32), *self._pieces])
@@ -245,13 +247,13 @@ class _Mixer:
         expected_s = self._track.expected_s
         if expected_s is not None and 0 < until - expected_s < _PADDING_S:
             until = expected_s
-        begin = round((start_s - self._first / self._track.rate) * rate)
+        begin = round((self._start_s - self._first / self._track.rate) * rate)
         wave = wave[begin:] if begin > 0 else np.concatenate([np.zeros(-begin, np.float32), wave])
-        return wave[: max(0, round((until - start_s) * rate))]
+        return wave[: max(0, round((until - self._start_s) * rate))]
 
     def _check_length(self, position: int) -> None:
         limit_s = self._how.limits.max_seconds
-        if position - (self._first or 0) > limit_s * self._track.rate:
+        if position / self._track.rate - self._start_s > limit_s:
             raise SampleError(f"sound of more than {limit_s:g} s, the limit; take a clip")
 
     def _flush(self) -> None:

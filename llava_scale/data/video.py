@@ -181,7 +181,7 @@ class _Fitter:
         size = {"width": width // factor, "height": height // factor} if factor > 1 else {}
         method = "AREA" if factor > 1 else "BILINEAR"
         pixels = self._reformatter.reformat(frame, format="rgb24", interpolation=method, **size).to_ndarray()
-        quarters = round(frame.rotation / 90) % 4
+        quarters = round(getattr(frame, "rotation", 0) / 90) % 4
         if quarters:
             pixels = np.ascontiguousarray(np.rot90(pixels, quarters))
         self._image.from_tensor(torch.from_numpy(pixels).permute(2, 0, 1), out=out)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import io
 import math
 import pickle
 import time
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -129,10 +131,9 @@ def test_a_video_has_its_own_sound_on_the_same_clock(container):
     assert all(step > 50 for step in steps)
 
 
-def test_sound_that_begins_late_is_preceded_by_silence():
-    import av
-
-    buffer = __import__("io").BytesIO()
+def video_with_late_sound(start_s):
+    """Two seconds of pictures, and one second of sound from ``start_s`` on."""
+    buffer = io.BytesIO()
     with av.open(buffer, "w", format="matroska") as output:
         pictures = output.add_stream("libx264", rate=10)
         pictures.width, pictures.height, pictures.pix_fmt = 32, 32, "yuv420p"
@@ -142,12 +143,21 @@ def test_sound_that_begins_late_is_preceded_by_silence():
         output.mux(pictures.encode())
         samples = (sine(500, 1.0, 16_000)[None] * 32767).astype(np.int16)
         frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono")
-        frame.sample_rate, frame.pts = 16_000, 8_000
+        frame.sample_rate, frame.pts = 16_000, round(start_s * 16_000)
         output.mux(track.encode(frame))
         output.mux(track.encode())
-    wave = decoded(buffer.getvalue()).data
+    return buffer.getvalue()
+
+
+def test_sound_that_begins_late_is_preceded_by_silence():
+    wave = decoded(video_with_late_sound(0.5)).data
     assert int((wave.abs() > 0.01).nonzero()[0]) == pytest.approx(8_000, abs=80)  # 5 ms
     assert len(wave) == 24_000
+
+
+def test_time_stamps_beyond_the_limit_are_refused_without_filling_memory():
+    with pytest.raises(SampleError, match="more than 7200 s, the limit"):
+        decoded(video_with_late_sound(10_000.0))
 
 
 @pytest.mark.parametrize("planned", [47_000, 48_000, 50_000])
