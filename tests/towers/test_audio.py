@@ -104,6 +104,7 @@ def test_predicted_token_counts_are_produced(tower):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1_800)
 @torch.no_grad()
 def test_a_thousand_predicted_token_counts_are_produced(tower):
     rng = np.random.default_rng(2)
