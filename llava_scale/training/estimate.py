@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from llava_scale.errors import ConfigError
 from llava_scale.training.cost import Work, known_peak, model_cost
 from llava_scale.training.engine import blocks_of
+from llava_scale.training.muon import takes_muon
 from llava_scale.training.recipe import ModuleSummary, apply_recipe, plan_recipe
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class RankMemory:
         weights: Parameters that it holds, whole or in shards.
         gathered: Copies of sharded parameters while they are used.
         gradients: Of the trained ones.
-        optimizer: Its moments.
+        optimizer: Its moments: two a parameter, one where Muon updates it.
         activations: Held for the backward pass of one row, casts of weights included.
         logits: Of the supervised positions, and their gradient.
     """
@@ -246,7 +247,8 @@ def rank_memory(
         if value.requires_grad:
             whole_gradients = config.train.rows_per_step > num_ranks and not parallel.reduce_every_row
             gradients += size / (1 if whole_gradients else shards)
-            moments += 2 * size / shards
+            one = config.train.optimizer == "muon" and takes_muon(name, value)
+            moments += (1 if one else 2) * size / shards
     activations, logits = held_bytes(model, config, row_tokens=row_tokens, supervised=supervised, half=half)
     return RankMemory(
         weights=weights,

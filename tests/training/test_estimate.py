@@ -86,6 +86,14 @@ def test_sharding_divides_what_is_trained_and_keeps_the_tower_whole():
     assert alone.gathered == 0
 
 
+def test_muon_keeps_one_moment_of_a_matrix():
+    adamw, muon = (
+        rank_memory(prepared(config), config, num_ranks=1, row_tokens=64, supervised=10, half=False).optimizer
+        for config in (config_of(), config_of(optimizer="muon"))
+    )
+    assert 0.5 * adamw < muon < adamw
+
+
 def test_twice_the_devices_take_half_the_hours():
     def hours(devices):
         hardware = Hardware(num_devices=devices, peak_tflops=100, mfu=0.5)
