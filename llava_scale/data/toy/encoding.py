@@ -18,8 +18,13 @@ VIDEO_RATE = 8
 SOUND_FILES: dict[str, str] = {"wav": "pcm_s16le", "flac": "flac", "mp3": "libmp3lame"}
 """Extension -> codec."""
 
-# One thread: the same frames must give the same bytes everywhere.
-_VIDEO_OPTIONS = {"preset": "veryfast", "crf": "12", "threads": "1", "x264-params": "threads=1:lookahead-threads=1"}
+# The same frames must give the same bytes: one thread, and no look-ahead, which reads past the edges of tiny frames.
+_VIDEO_OPTIONS = {
+    "preset": "veryfast",
+    "crf": "12",
+    "threads": "1",
+    "x264-params": "threads=1:lookahead-threads=1:rc-lookahead=0:no-mbtree=1",
+}
 _GROUP = 8
 
 
