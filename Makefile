@@ -10,7 +10,7 @@ install: $(STAMP) ## make the virtual environment with pinned packages
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[image,remote,plot,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[image,remote,plot,lora,dev]'
 	touch $(STAMP)
 
 quickstart: install ## synthetic data -> shards -> training -> held-out scores -> report

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Train on several machines under SLURM; a preempted or timed-out job saves, requeues itself and goes on.
 #
-#   sbatch --nodes 2 scripts/slurm_train.sh configs/instruct.yaml train.rows_per_step=128
+#   sbatch --nodes 2 scripts/slurm_train.sh recipe.yaml train.rows_per_step=128
 #
 # One task a GPU, started by srun without torchrun, so that the exit code of the training reaches this script.
 #SBATCH --job-name=llava-scale

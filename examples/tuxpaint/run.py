@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from caption_page import write_caption_page
 from caption_scoring import CaptionScores, ranking_summary, score_all
@@ -155,7 +156,7 @@ def check_tower(weights: Path, stamps: Path) -> None:
     right = 0
     for name, number in TOWER_PROBES.items():
         picture = render(stamps / name).resize((side, side))
-        pixels = torch.tensor(list(picture.getdata()), dtype=torch.float32).view(side, side, 3) / 255
+        pixels = torch.from_numpy(np.asarray(picture, dtype=np.float32)) / 255
         with torch.inference_mode():
             logits = classifier(((pixels - mean) / std).permute(2, 0, 1)[None])
         right += int(logits.argmax()) == number
