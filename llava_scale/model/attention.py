@@ -9,6 +9,7 @@ Legend: ``H`` heads, ``G`` key/value heads, ``S`` tokens in the row, ``D`` width
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,10 +51,13 @@ class PackedLayout:
     Attributes:
         cu_seq_lens: ``(K + 1,)`` int32 offsets, on the device of the row.
         lengths: Tokens of each sample, on the host.
+        by_length: Order of the tokens that brings samples of one length together, and its inverse, ``(S,)`` int64 each;
+            None where no two samples are equally long, or on a device whose kernel takes all lengths at once.
     """
 
     cu_seq_lens: Tensor
     lengths: tuple[int, ...]
+    by_length: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, cu_seq_lens: Tensor, *, row_length: int, device: torch.device) -> PackedLayout:
@@ -66,7 +71,19 @@ class PackedLayout:
         if not lengths or offsets[0] != 0 or offsets[-1] != row_length or min(lengths) < 1:
             raise ShapeError(f"cu_seq_lens must rise from 0 to the row's {row_length} tokens, got {offsets[:8]}...")
         moved = cu_seq_lens.to(device=device, dtype=torch.int32, non_blocking=True)
-        return cls(cu_seq_lens=moved, lengths=lengths)
+        by_length = None
+        if device.type == "cpu" and len(set(lengths)) < len(lengths):
+            of_token = np.repeat(np.array(lengths), lengths)
+            order = np.argsort(of_token, kind="stable")
+            by_length = torch.from_numpy(order), torch.from_numpy(np.argsort(order))
+        return cls(cu_seq_lens=moved, lengths=lengths, by_length=by_length)
+
+    @property
+    def groups(self) -> list[tuple[int, int]]:
+        """Samples and tokens of each, for what is attended to together, in the order of ``by_length``."""
+        if self.by_length is None:
+            return [(1, length) for length in self.lengths]
+        return [(number, length) for length, number in sorted(Counter(self.lengths).items())]
 
     @property
     def longest(self) -> int:
@@ -196,13 +213,26 @@ def _segments(
         raise ShapeError(f"packed rows come one at a time, got a batch of {query.shape[0]}")
     if query.is_cuda and query.dtype in _FLASH_TYPES and dropout == 0.0:
         return _varlen(query, key, value, layout, window, scaling)
-    split = [torch.split(_wide_on_cpu(part), list(layout.lengths), dim=2) for part in (query, key, value)]
+    parts = [_wide_on_cpu(part) for part in (query, key, value)]
+    if layout.by_length is not None:
+        parts = [part.index_select(2, layout.by_length[0]) for part in parts]
+    groups = layout.groups
+    split = [torch.split(part, [number * length for number, length in groups], dim=2) for part in parts]
     with torch.autocast(query.device.type, enabled=False):
         outputs = [
-            _causal(*parts, window=window, dropout=dropout, scaling=scaling).transpose(1, 2)
-            for parts in zip(*split, strict=True)
+            _alike(*(part.unflatten(2, group) for part in pieces), window=window, dropout=dropout, scaling=scaling)
+            for group, *pieces in zip(groups, *split, strict=True)
         ]
-    return torch.cat(outputs, dim=1).to(query.dtype)
+    output = torch.cat(outputs, dim=1)
+    if layout.by_length is not None:
+        output = output.index_select(1, layout.by_length[1])
+    return output.to(query.dtype)
+
+
+def _alike(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
+    """Attention of equally long samples, ``(1, H, K, L, D)`` each, as ``(1, K * L, H, D)``."""
+    batches = (part.squeeze(0).transpose(0, 1) for part in (query, key, value))
+    return _causal(*batches, **settings).transpose(1, 2).flatten(0, 1).unsqueeze(0)
 
 
 def _wide_on_cpu(x: Tensor) -> Tensor:
@@ -236,7 +266,7 @@ def _varlen(
 def _causal(
     query: Tensor, key: Tensor, value: Tensor, *, window: int | None, dropout: float, scaling: float | None
 ) -> Tensor:
-    """Causal attention of one sample with itself."""
+    """Causal attention of samples with themselves, ``(K, H, L, D)`` each."""
     length = query.shape[2]
     near = None
     if window is not None and length > window:
