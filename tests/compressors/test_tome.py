@@ -116,7 +116,7 @@ def test_blocks_remove_together_what_the_ratio_asks_for(num_patches, num_blocks,
         assert 0 <= removed <= left // 2
         left -= removed
     assert left >= num_patches - wanted
-    if ratio <= 0.5 or num_blocks >= 8:
+    if ratio <= 0.5 or (num_blocks >= 8 and inflect <= 0):  # what rises late may find too few tokens left
         assert abs(left - (num_patches - wanted)) <= max(0, num_patches // 2**num_blocks)
     assert count.num_tokens((3, 1, num_patches), None) == 3 * left
 
