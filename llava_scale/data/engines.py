@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import threading
@@ -10,19 +11,27 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from llava_scale.data.files import locked
 from llava_scale.errors import ConfigError, MissingExtraError, ShardError, suggest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
 Engine = Literal["pool", "ray"]
+_ENGINES = ("pool", "ray")
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
 def run_tasks(
-    function: Callable[[Task], Result], tasks: Sequence[Task], *, engine: Engine = "pool", workers: int = 1
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    *,
+    engine: Engine = "pool",
+    workers: int = 1,
+    workers_lock: Path | None = None,
 ) -> Iterator[tuple[Task, Result]]:
     """Yield (task, result) as tasks finish. The first exception of a task stops the rest and is raised.
 
@@ -31,26 +40,31 @@ def run_tasks(
         tasks: Picklable arguments; few are under way at a time, so that their size does not add up.
         engine: ``pool`` or ``ray``.
         workers: Tasks at a time. ``pool`` with 1 runs them in this process; ``ray`` with 0 takes all of the cluster.
+        workers_lock: Lock file that each process of ``pool`` shares while it lives. Whoever holds it alone knows that
+            none is left, also of a run that was killed.
 
     Raises:
         ShardError: if a worker process died.
         MissingExtraError: if Ray is not installed.
     """
-    engines = {"pool": _run_pool, "ray": _run_ray}
-    if engine not in engines:
-        raise ConfigError(f"unknown engine {engine!r}; {suggest(engine, engines)}")
-    if engine == "pool" and min(workers, len(tasks)) <= 1:
+    if engine not in _ENGINES:
+        raise ConfigError(f"unknown engine {engine!r}; {suggest(engine, _ENGINES)}")
+    if engine == "ray":
+        return _run_ray(function, tasks, workers)
+    if min(workers, len(tasks)) <= 1:
         return ((task, function(task)) for task in tasks)
-    return engines[engine](function, tasks, workers)
+    return _run_pool(function, tasks, workers, workers_lock)
 
 
-def _run_pool(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, Result]]:
+def _run_pool(
+    function: Callable[[Task], Result], tasks: Sequence[Task], workers: int, lock: Path | None
+) -> Iterator[tuple[Task, Result]]:
     # Spawned, not forked: a fork would copy locks of threads that are running here.
     pool = ProcessPoolExecutor(
         min(workers, len(tasks)),
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=_leave_with_parent,
-        initargs=(os.getpid(),),
+        initializer=_start_worker,
+        initargs=(os.getpid(), lock),
     )
     remaining = iter(tasks)
     running: dict[Future[Result], Task] = {}
@@ -73,14 +87,22 @@ def _finished(running: dict[Future[Result], Task]) -> Iterator[tuple[Task, Resul
         yield running.pop(future), future.result()
 
 
-def _leave_with_parent(parent: int) -> None:
-    """End this worker when the process that started it is gone, killed without a chance to say so."""
+_held = contextlib.ExitStack()
+"""What a worker process holds until it ends."""
+
+
+def _start_worker(parent: int, lock: Path | None) -> None:
+    """Take the shared lock; end when the process that started this one is gone, killed without a chance to say so."""
+    if lock is not None:
+        _held.enter_context(locked(lock, shared=True))
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.2)
         os._exit(1)
 
+    if os.getppid() != parent:  # gone before the lock was taken: its successor may be at work
+        os._exit(1)
     threading.Thread(target=watch, daemon=True, name="leave-with-parent").start()
 
 

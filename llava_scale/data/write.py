@@ -33,6 +33,7 @@ REPORT = "pack-report.jsonl"
 _STATE = ".pack"
 _SHARD_FILE = re.compile(r"^shard-\d{5,}\.(tar|index)$")
 _LOCK_WAIT_S = 5.0
+_WORKERS_WAIT_S = 60.0  # of a run that was killed: they end by themselves, later on a busy machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +98,7 @@ def pack(
     with try_locked(state / "lock", wait_s=_LOCK_WAIT_S) as free:
         if not free:
             raise ShardError(f"{out}: another process is packing into this folder; wait for it, or choose another")
+        _wait_for_workers(out, state / "workers")
         _claim(out, _identity(plan, media_root, shard_size, options), overwrite=overwrite)
         tasks = _deal(plan, out, media_root, shard_size, options)
         kept, todo = _sort_out(tasks)
@@ -104,10 +106,18 @@ def pack(
             (out / stale).unlink(missing_ok=True)
         done_records = sum(len(task.samples) for task in kept)
         on_progress(done_records, len(plan.samples))
-        for task, _ in run_tasks(pack_shard, todo, engine=engine, workers=workers):
+        packed = run_tasks(pack_shard, todo, engine=engine, workers=workers, workers_lock=state / "workers")
+        for task, _ in packed:
             done_records += len(task.samples)
             on_progress(done_records, len(plan.samples))
         return _finish(out, plan, tasks, options, num_kept=len(kept), started=started)
+
+
+def _wait_for_workers(out: Path, lock: Path) -> None:
+    """Return when no worker process of an earlier run is left that could still write a shard."""
+    with try_locked(lock, wait_s=_WORKERS_WAIT_S) as free:
+        if not free:
+            raise ShardError(f"{out}: worker processes of an earlier run still write into this folder; end them first")
 
 
 def _identity(plan: Plan, media_root: Path, shard_size: int, options: MediaOptions) -> dict[str, Any]:
@@ -178,16 +188,30 @@ def _whole_index(path: Path) -> ShardIndex | None:
         return None
 
 
+def _complete_index(task: ShardTask, *, num_bad: int) -> list[ShardIndex]:
+    """The index of a shard that was written, which accounts for each of its records; none if all of them are bad."""
+    index = _whole_index(task.path)
+    num_samples = 0 if index is None else index.num_samples
+    if num_samples + num_bad != len(task.samples):
+        raise ShardError(
+            f"{task.path}: holds {num_samples} of {len(task.samples)} samples, and {num_bad} are known as bad: it was "
+            "changed while this command was running; run it again, with nothing else writing there"
+        )
+    return [] if index is None else [index]
+
+
 def _finish(
     out: Path, plan: Plan, tasks: list[ShardTask], options: MediaOptions, *, num_kept: int, started: float
 ) -> PackResult:
     bad = list(plan.bad)
+    indexes: list[ShardIndex] = []
     for task in tasks:
-        bad.extend(read_bad(task.report))
+        bad_here = read_bad(task.report)
+        bad.extend(bad_here)
+        indexes.extend(_complete_index(task, num_bad=len(bad_here)))
     bad.sort(key=lambda item: item.record)
     lines = "".join(json.dumps(asdict(item), ensure_ascii=True) + "\n" for item in bad)
     write_atomic(out / REPORT, lines.encode())
-    indexes = (index for task in tasks if (index := _whole_index(task.path)) is not None)
     info = DatasetInfo.of(indexes, prepared=options.prepared())
     if not info.names:
         first = f" (the first: record {bad[0].record}: {bad[0].reason})" if bad else ""

@@ -379,6 +379,32 @@ def test_two_runs_do_not_write_the_same_folder_at_once(tmp_path, media, monkeypa
         pack(write_json(tmp_path, texts(2)), tmp_path / "out", media_root=media)
 
 
+def test_a_run_waits_for_the_workers_of_a_killed_one(tmp_path, media, monkeypatch):
+    from llava_scale.data.files import locked
+
+    monkeypatch.setattr("llava_scale.data.write._WORKERS_WAIT_S", 0.0)
+    source, out = write_json(tmp_path, texts(2)), tmp_path / "out"
+    with (
+        locked(out / ".pack" / "workers", shared=True),
+        pytest.raises(ShardError, match="worker processes of an earlier run"),
+    ):
+        pack(source, out, media_root=media)
+    assert pack(source, out, media_root=media).num_samples == 2
+
+
+def test_a_shard_that_vanishes_under_the_run_is_an_error_and_not_left_out(tmp_path, media):
+    source, out = write_json(tmp_path, texts(8)), tmp_path / "out"
+
+    def lose_the_first(done: int, total: int) -> None:
+        if done == total:
+            (out / "shard-00000.index").unlink()
+
+    with pytest.raises(ShardError, match=r"shard-00000.tar: holds 0 of 4 samples.* run it again"):
+        pack(source, out, media_root=media, shard_size=4, on_progress=lose_the_first)
+    assert not (out / "dataset.json").exists()
+    assert pack(source, out, media_root=media, shard_size=4).num_samples == 8
+
+
 def test_workers_end_with_a_killed_parent(tmp_path, media):
     source = write_json(tmp_path, texts(4000))
     process = start_pack(source, tmp_path / "out", media, workers=2)
