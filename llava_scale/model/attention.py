@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -247,6 +246,8 @@ def _varlen(
     query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, window: int | None, scaling: float | None
 ) -> Tensor:
     """All samples in one kernel. A window of W tokens reaches W - 1 back, the token itself being the W-th."""
+    from torch.nn.attention.varlen import varlen_attn  # pulls in the compiler, seconds that a CPU run need not spend
+
     output = varlen_attn(
         query.squeeze(0).transpose(0, 1),
         key.squeeze(0).transpose(0, 1),

@@ -237,7 +237,7 @@ def test_the_variable_length_kernel_is_asked_for_the_same_attention(monkeypatch)
         heads = [x.transpose(0, 1)[None] for x in (query, key, value)]
         return reference(*heads, lengths, window=10**6 if left < 0 else left + 1, scaling=scale)[0]
 
-    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     inputs = [torch.randn(1, heads, 12, 8) for heads in (6, 2, 2)]
     for window, scaling in ((None, None), (3, 0.7)):
         output = attention._varlen(*inputs, layout_of(lengths), window, scaling)
