@@ -97,7 +97,7 @@ def build_model(config: ModelConfig, *, chat_template: str, seed: int) -> BuiltM
         ).to(dtype)
         if config.projector.match_embedding_scale:
             match_embedding_scale(model, seed=seed)
-    return _finish(model.eval(), tokenizer, question_tokenizer, chat_template)
+    return finish_model(model.eval(), tokenizer, question_tokenizer, chat_template)
 
 
 def build_processor(config: ModelConfig, *, chat_template: str) -> LlavaScaleProcessor:
@@ -222,7 +222,7 @@ def _continue_from(config: ModelConfig, dtype: torch.dtype, chat_template: str) 
     if config.compressor is not None:
         _exchange_compressor(model, config.compressor)
     model.config.chat_template_name = chat_template
-    return _finish(model, processor.tokenizer, processor.question_tokenizer, chat_template)
+    return finish_model(model, processor.tokenizer, processor.question_tokenizer, chat_template)
 
 
 def _exchange_compressor(model: LlavaScaleForConditionalGeneration, section: CompressorConfig) -> None:
@@ -240,7 +240,7 @@ def _exchange_compressor(model: LlavaScaleForConditionalGeneration, section: Com
     model.config.compressor = fields
 
 
-def _finish(
+def finish_model(
     model: LlavaScaleForConditionalGeneration,
     tokenizer: PreTrainedTokenizerBase,
     question_tokenizer: PreTrainedTokenizerBase | None,
