@@ -17,6 +17,7 @@ from llava_scale.data.collate import RowBuilder
 from llava_scale.data.planner import PlannedSample, RowPlan
 from llava_scale.eval.metrics import Share, rank_of, top_k
 from llava_scale.model import row_inputs
+from llava_scale.model.attention import PACKED
 from llava_scale.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -189,6 +190,8 @@ def caption_scores(
 
 def _continued(model: LlavaScaleForConditionalGeneration, cache: Any, group: Sequence[tuple[int, ...]]) -> Tensor:
     """Log-likelihood ``(B,)`` of what follows the first token of each caption, from the cache of the prompt."""
+    if _attends_to_all(model):
+        return _continued_as_tree(model, copy.deepcopy(cache), group)
     longest = max(map(len, group))
     padded_BL = torch.tensor([[*caption, *[0] * (longest - len(caption))] for caption in group], device=model.device)
     lengths = torch.tensor([len(caption) for caption in group], device=model.device)
@@ -199,6 +202,48 @@ def _continued(model: LlavaScaleForConditionalGeneration, cache: Any, group: Seq
     chosen_BL = logits_BLV.gather(-1, padded_BL[:, 1:, None]).squeeze(-1) - logits_BLV.logsumexp(-1)
     is_token = torch.arange(1, longest, device=model.device) < lengths[:, None]
     return torch.where(is_token, chosen_BL, 0.0).sum(1)
+
+
+def _attends_to_all(model: LlavaScaleForConditionalGeneration) -> bool:
+    """Whether each layer of the language model is plain attention that takes any mask and has no window."""
+    config = model.config.text_config
+    kinds = getattr(config, "layer_types", None)
+    unlimited = set(kinds) == {"full_attention"} if kinds else getattr(config, "sliding_window", None) is None
+    return unlimited and config._attn_implementation == PACKED
+
+
+def _continued_as_tree(
+    model: LlavaScaleForConditionalGeneration, cache: Any, captions: Sequence[tuple[int, ...]]
+) -> Tensor:
+    """The same in one row that holds every beginning of a caption once; each token sees its own beginning alone.
+
+    The keys and values of the prompt are read where they lie, not repeated for each caption.
+    """
+    beginnings: dict[tuple[int, ...], int] = {}
+    for caption in captions:
+        for end in range(1, len(caption)):
+            beginnings.setdefault(caption[:end], len(beginnings))
+    start = cache.get_seq_length()
+    sees_NS = torch.zeros(len(beginnings), start + len(beginnings), dtype=torch.bool)
+    sees_NS[:, :start] = True
+    for beginning, place in beginnings.items():
+        if len(beginning) > 1:
+            sees_NS[place] = sees_NS[beginnings[beginning[:-1]]]
+        sees_NS[place, start + place] = True
+    device = model.device
+    logits_NV = model(
+        input_ids=torch.tensor([[beginning[-1] for beginning in beginnings]], device=device),
+        position_ids=torch.tensor([[start + len(beginning) - 1 for beginning in beginnings]], device=device),
+        attention_mask=sees_NS[None, None].to(device),
+        past_key_values=cache,
+        use_cache=True,
+    ).logits[0]
+    normalizer_N = logits_NV.float().logsumexp(-1)
+    totals = torch.zeros(len(captions), device=device)
+    for place, caption in enumerate(captions):
+        rows = [beginnings[caption[:end]] for end in range(1, len(caption))]
+        totals[place] = (logits_NV[rows, list(caption[1:])].float() - normalizer_N[rows]).sum()
+    return totals
 
 
 def split_caption(row: PackedRow) -> tuple[list[int], tuple[int, ...]]:

@@ -46,6 +46,19 @@ def test_caption_scores_are_those_of_whole_samples(tiny, rows):
         assert score == pytest.approx(expected, rel=1e-4)
 
 
+def test_captions_with_equal_beginnings_are_scored_as_by_themselves(tiny, rows, monkeypatch):
+    """In one row that holds each beginning once; and one by one, as for layers that take no mask of any shape."""
+    model = tiny[0]
+    row = next(row for row in rows if row.pixel_values is not None)
+    captions = [(30,), (30, 31), (30, 31, 40, 41), (30, 31, 40, 42), (33, 31, 40, 42), (30, 31, 40, 42, 30)]
+    as_tree = caption_scores(model, row, captions)
+    alone = [caption_scores(model, row, [caption])[0] for caption in captions]
+    monkeypatch.setattr("llava_scale.eval.likelihood._attends_to_all", lambda model: False)
+    repeated = caption_scores(model, row, captions)
+    assert as_tree == pytest.approx(alone, rel=1e-5)
+    assert as_tree == pytest.approx(repeated, rel=1e-5)
+
+
 def test_groups_of_captions_change_no_score(tiny, rows, monkeypatch):
     captioned = rows[24:]
     captions = sorted((split_caption(row)[1] for row in captioned), key=lambda caption: (len(caption), caption))
