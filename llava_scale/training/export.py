@@ -8,6 +8,7 @@ import torch
 
 from llava_scale.config.load import parse_config
 from llava_scale.errors import CheckpointError
+from llava_scale.model.card import ModelCard, card_of_run, write_card
 from llava_scale.training.checkpoint import find_checkpoint, list_checkpoints, load_state, verify_checkpoint
 from llava_scale.training.engine import Engine
 from llava_scale.training.files import atomic_folder
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def write_model(folder: Path, engine: Engine, processor: Any, ranks: Ranks) -> None:
+def write_model(folder: Path, engine: Engine, processor: Any, ranks: Ranks, *, card: ModelCard | None = None) -> None:
     """Write model and processor into ``folder``, whole or not at all. Every rank must call it; the first one writes.
 
     Adapters are merged into their layers, and lie beside the model in ``adapter/`` for peft.
@@ -39,6 +40,8 @@ def write_model(folder: Path, engine: Engine, processor: Any, ranks: Ranks) -> N
             if adapted:
                 save_adapters(model, partial / "adapter", state)
             processor.save_pretrained(partial)
+            if card is not None:
+                write_card(partial, card)
 
     ranks.from_first(write)
 
@@ -69,7 +72,8 @@ def export_checkpoint(run: Path, target: Path, *, step: int | None = None) -> in
         add_adapters(model, config.train.lora, torch.device("cpu"))
     apply_recipe(model, plan_recipe(model, config.train))
     restore_model(path, model)
-    write_model(target, Engine(model.eval()), processor, Ranks())
+    card = card_of_run(config, steps=state.step, results={})
+    write_model(target, Engine(model.eval()), processor, Ranks(), card=card)
     return state.step
 
 

@@ -17,6 +17,7 @@ import torch
 from llava_scale.config import to_dict
 from llava_scale.errors import ConfigError
 from llava_scale.model import row_inputs
+from llava_scale.model.card import card_of_run
 from llava_scale.training.checkpoint import CheckpointWriter, TrainerState, list_checkpoints
 from llava_scale.training.cost import model_cost, peak_tflops
 from llava_scale.training.evaluate import held_out_loss
@@ -317,7 +318,11 @@ class Trainer:
     def _write_final(self) -> None:
         """Write model and processor for ``from_pretrained``."""
         self.model.eval()
-        write_model(self.run.folder.final, self.engine, self.run.parts.processor, self.ranks)
+        evaluations, lines = self.run.folder.evaluations(), self.run.folder.lines()
+        loss = next((line["loss"] for line in reversed(list(lines)) if "loss" in line), None)
+        held_out = evaluations[-1].get("eval/loss") if evaluations else None
+        card = card_of_run(self.run.config, steps=self.step, results={"loss": loss, "held-out loss": held_out})
+        write_model(self.run.folder.final, self.engine, self.run.parts.processor, self.ranks, card=card)
 
     def _result(self, *, final: bool) -> TrainResult:
         if final:
