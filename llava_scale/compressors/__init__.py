@@ -19,10 +19,12 @@ from llava_scale.compressors.base import (
     TowerSignals,
 )
 from llava_scale.compressors.blocks import SignalTap
+from llava_scale.compressors.legacy_dropping import LegacyDropping
 from llava_scale.compressors.pooling import PixelShuffle, Pooling
 from llava_scale.compressors.projector import Projector, identity_layers, linear_layers, mlp_layers
 from llava_scale.compressors.schedule import RatioSchedule
 from llava_scale.compressors.selection import DivPrune, RandomPrune, TemporalPrune, UniformPrune, VisionZip
+from llava_scale.compressors.stc import STC, STCCount
 from llava_scale.compressors.swin_qformer import LegacySwinQFormer, QueryCompressor, QueryCount, SwinQFormer
 from llava_scale.compressors.token_merging import LocalTokenMerging
 from llava_scale.compressors.tome import TomeCount, TomeInBlocks
@@ -34,6 +36,7 @@ from llava_scale.config.compressor import (
     QFormerConfig,
     RandomPruneConfig,
     RatioConfig,
+    StcConfig,
     TemporalPruneConfig,
     TokenMergingConfig,
     TomeConfig,
@@ -45,6 +48,7 @@ from llava_scale.errors import ConfigError, suggest
 __all__ = [
     "EVALUATION",
     "PROJECTORS",
+    "STC",
     "CompressedTokens",
     "Compressor",
     "Context",
@@ -58,6 +62,7 @@ __all__ = [
     "TowerSignals",
     "build_projector",
     "build_qformer",
+    "build_stc",
     "build_weightless",
     "parse_compressor",
     "token_count",
@@ -91,6 +96,8 @@ def parse_compressor(fields: dict[str, Any]) -> CompressorConfig:
 
 
 def _merging(config: TokenMergingConfig) -> Compressor:
+    if config.legacy:
+        return LegacyDropping(schedule=_schedule(config), window=config.window)
     return LocalTokenMerging(
         schedule=_schedule(config),
         mode=config.mode,
@@ -131,7 +138,7 @@ _WEIGHTLESS: dict[type, Callable[[Any], Compressor]] = {
 
 def build_weightless(config: CompressorConfig) -> Compressor | None:
     """The compressor between tower and language model that ``config`` describes; None for those that are elsewhere
-    (``tome``, inside the tower) or have weights (``qformer``)."""
+    (``tome``, inside the tower) or have weights (``qformer``, ``stc``)."""
     build = _WEIGHTLESS.get(type(config))
     return build(config) if build else None
 
@@ -170,6 +177,11 @@ def build_qformer(config: QFormerConfig, *, in_width: int, text_width: int, inst
     )
 
 
+def build_stc(config: StcConfig, *, in_width: int, text_width: int) -> STC:
+    """The connector that ``config`` describes, with fresh weights."""
+    return STC(in_width, width=config.width or text_width, depth=config.depth, window=config.window)
+
+
 def token_count(config: CompressorConfig, *, num_blocks: int) -> TokenCount:
     """The promise of the compressor that ``config`` describes, without weights.
 
@@ -181,6 +193,8 @@ def token_count(config: CompressorConfig, *, num_blocks: int) -> TokenCount:
         return QueryCount(num_queries=config.num_queries, scope=config.scope)
     if isinstance(config, TomeConfig):
         return TomeCount(schedule=_schedule(config), num_blocks=num_blocks, inflect=config.inflect)
+    if isinstance(config, StcConfig):
+        return STCCount(config.window)
     compressor = build_weightless(config)
     assert compressor is not None
     return compressor

@@ -74,7 +74,10 @@ class Pooling:
         else:
             maps = F.avg_pool2d(maps, (high, wide))
         tokens = maps.view(x_BND.shape[0], frames, -1, rows * cols).transpose(2, 3).flatten(1, 2)
-        return _on_windows(tokens, grid, window, (frames, rows, cols))
+        out = on_windows(tokens, grid, window, (frames, rows, cols))
+        if self.mode == "bilinear":  # which blends neighbouring windows where sides do not divide
+            return out
+        return out._replace(group=_group_of(grid, window, (frames, rows, cols), out))
 
     def _fitted(self, grid: Grid) -> Window:
         deep, high, wide = (min(side, limit) for side, limit in zip(self.window, grid, strict=True))
@@ -121,7 +124,8 @@ class PixelShuffle:
         rows, cols = x_BTHWD.shape[2] // side, x_BTHWD.shape[3] // side
         squares = x_BTHWD.reshape(x_BND.shape[0], frames, rows, side, cols, side, -1).transpose(3, 4)
         tokens = squares.reshape(x_BND.shape[0], frames * rows * cols, -1)
-        return _on_windows(tokens, grid, (1, side, side), (frames, rows, cols))
+        out = on_windows(tokens, grid, (1, side, side), (frames, rows, cols))
+        return out._replace(group=_group_of(grid, (1, side, side), (frames, rows, cols), out))
 
 
 def _pool_time(x_BDTHW: Tensor, deep: int, *, maximum: bool) -> Tensor:
@@ -132,7 +136,7 @@ def _pool_time(x_BDTHW: Tensor, deep: int, *, maximum: bool) -> Tensor:
     return F.avg_pool3d(x_BDTHW, (deep, 1, 1), ceil_mode=True, count_include_pad=False)
 
 
-def _on_windows(tokens: Tensor, grid: Grid, window: Window, out_grid: Grid) -> CompressedTokens:
+def on_windows(tokens: Tensor, grid: Grid, window: Window, out_grid: Grid) -> CompressedTokens:
     """Tokens with the first places of their windows, and the number of places in each."""
     device = tokens.device
     starts = [torch.arange(count, device=device) * side for count, side in zip(out_grid, window, strict=True)]
@@ -142,3 +146,14 @@ def _on_windows(tokens: Tensor, grid: Grid, window: Window, out_grid: Grid) -> C
     sizes = (extents[0][:, None, None] * extents[1][:, None] * extents[2]).flatten().float()
     num_batch = tokens.shape[0]
     return CompressedTokens(tokens, positions.expand(num_batch, -1), sizes.expand(num_batch, -1))
+
+
+def _group_of(grid: Grid, window: Window, out_grid: Grid, out: CompressedTokens) -> Tensor:
+    """Window that each place lies in, -1 beyond the last one."""
+    device = out.tokens.device
+    numbers = [torch.arange(limit, device=device) // side for limit, side in zip(grid, window, strict=True)]
+    inside = [number < count for number, count in zip(numbers, out_grid, strict=True)]
+    frame, row, col = numbers
+    group = (frame[:, None, None] * out_grid[1] + row[:, None]) * out_grid[2] + col
+    group = group.where(inside[0][:, None, None] & inside[1][:, None] & inside[2], -1)
+    return group.flatten().expand(out.tokens.shape[0], -1)

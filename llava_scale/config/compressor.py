@@ -46,6 +46,22 @@ class TokenMergingConfig(RatioConfig):
     """Place of the destination in its window while training; at evaluation it is the first."""
     metric: Literal["features", "keys"] = "features"
     """What is compared: the tokens, or the keys of the tower's last attention."""
+    legacy: bool = False
+    """The original's exact behaviour, to compare with: it drops tokens by a wrong index and stops the gradient of
+    everything before it. Needs ``after_projector: true``; besides that only ratio, ramp, warm-up and window can be
+    set."""
+
+    def __post_init__(self) -> None:
+        if not self.legacy:
+            return
+        if not self.after_projector:
+            raise ConfigError("model.compressor.legacy drops projected tokens: set after_projector=true")
+        plain = TokenMergingConfig(type="token_merging")
+        for name in ("mode", "scope", "destination", "metric"):
+            if getattr(self, name) != getattr(plain, name):
+                raise ConfigError(f"model.compressor.{name} has no effect under legacy; leave it out")
+        if self.window[0] != 1:
+            raise ConfigError("model.compressor.window must hold one frame under legacy")
 
 
 @section
@@ -166,6 +182,20 @@ class QFormerConfig:
                 raise ConfigError(f"model.compressor.{name} has no effect under legacy; leave it out")
 
 
+@section
+class StcConfig:
+    """Convolutions over space and time that make one token of each window (VideoLLaMA 2's STC connector)."""
+
+    type: Literal["stc"]
+    """Chooses this compressor."""
+    width: Annotated[int, Field(ge=0)] = 0
+    """Width inside; 0 takes the language model's, as in the paper."""
+    depth: Count = 4
+    """Blocks before the 3-D convolution, and as many behind it."""
+    window: tuple[Count, Count, Count] = (2, 2, 2)
+    """Frames, rows and columns that become one token."""
+
+
 CompressorConfig = Annotated[
     TokenMergingConfig
     | RandomPruneConfig
@@ -176,7 +206,8 @@ CompressorConfig = Annotated[
     | TomeConfig
     | PoolConfig
     | PixelShuffleConfig
-    | QFormerConfig,
+    | QFormerConfig
+    | StcConfig,
     Field(discriminator="type"),
 ]
 """Any of them."""

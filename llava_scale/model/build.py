@@ -230,7 +230,7 @@ def _exchange_compressor(model: LlavaScaleForConditionalGeneration, section: Com
     before, fields = model.config.compressor, to_dict(section)
     if fields == before:
         return
-    fixed = ("qformer", "pixel_shuffle", "tome")
+    fixed = ("qformer", "stc", "pixel_shuffle", "tome")
     if fields["type"] in fixed or (before is not None and before["type"] in fixed):
         raise ConfigError(
             f"model.compressor: {fields['type']} cannot take the place of {before and before['type']} in a trained "

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from llava_scale.compressors import Projector, QueryCompressor, build_projector
+from llava_scale.compressors import STC, Projector, QueryCompressor, build_projector
 from llava_scale.errors import ConfigError, ShapeError
 from llava_scale.model.attention import PACKED, PackedLayout, packed_pass
 from llava_scale.model.configuration import CustomVisionConfig, LlavaScaleConfig
@@ -323,7 +323,7 @@ class LlavaScaleForConditionalGeneration(VisualPath, PreTrainedModel, Generation
 
     def _init_weights(self, module: nn.Module) -> None:
         """Fresh weights of our own parts; each transformers model inside draws its own."""
-        if isinstance(module, Projector | QueryCompressor):
+        if isinstance(module, Projector | QueryCompressor | STC):
             module.reset_parameters()
         elif isinstance(module, PixelNormalizer):
             module.reset_buffers()

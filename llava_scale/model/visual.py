@@ -26,11 +26,12 @@ from llava_scale.compressors import (
     TomeInBlocks,
     TowerSignals,
     build_qformer,
+    build_stc,
     build_weightless,
     parse_compressor,
     token_count,
 )
-from llava_scale.config.compressor import PoolConfig, QFormerConfig, RatioConfig, TomeConfig
+from llava_scale.config.compressor import PoolConfig, QFormerConfig, RatioConfig, StcConfig, TomeConfig
 from llava_scale.errors import ConfigError, ShapeError
 from llava_scale.towers import VisionTower
 from llava_scale.towers.instruction import InstructionTower
@@ -102,6 +103,8 @@ class VisualPath:
                 text_width=self.config.text_config.hidden_size,
                 instruction_width=self.instruction_tower.hidden_size if self.instruction_tower else 0,
             )
+        elif isinstance(section, StcConfig):
+            self.compressor = build_stc(section, in_width=in_width, text_width=self.config.text_config.hidden_size)
         else:
             self.compressor = build_weightless(section)
         if self.compressor is not None and self.compressor.needs_signals:

@@ -79,3 +79,16 @@ def test_a_shorter_last_window_in_time_is_pooled_too():
     assert out.tokens.flatten().tolist() == [0.5, 2.5, 4.0]
     assert out.sizes.tolist() == [[2, 2, 1]]
     assert Pooling(mode="max", window=(2, 1, 1))(x, (5, 1, 1)).tokens.flatten().tolist() == [1, 3, 4]
+
+
+def test_each_place_knows_its_window():
+    x = torch.randn(2, 2 * 5 * 4, 3)
+    out = Pooling(window=(2, 2, 2))(x, (2, 5, 4))
+    group = out.group[0].view(2, 5, 4)
+    assert group[0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3], [-1, -1, -1, -1]]
+    assert torch.equal(group[0], group[1])
+    mean = x[0][out.group[0] == 3].mean(dim=0)
+    torch.testing.assert_close(out.tokens[0, 3], mean)
+    shuffled = PixelShuffle(factor=2)(x, (2, 5, 4)).group[0].view(2, 5, 4)
+    assert shuffled[1, 4].tolist() == [10, 10, 11, 11]
+    assert Pooling(mode="bilinear")(x, (2, 5, 4)).group is None

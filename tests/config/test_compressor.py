@@ -14,7 +14,7 @@ def compressor(text, *overrides):
 @pytest.mark.parametrize(
     "name",
     ["token_merging", "random_prune", "uniform_prune", "divprune", "temporal_prune", "visionzip", "tome", "pool",
-     "pixel_shuffle", "qformer"],
+     "pixel_shuffle", "qformer", "stc"],
 )  # fmt: skip
 def test_each_compressor_is_one_line(name):
     assert compressor(f"{{type: {name}}}").type == name
@@ -37,6 +37,9 @@ def test_settings_follow_the_type_and_survive_saving():
         ("{ratio: 0.5}", r"model.compressor: say which with a type"),
         ("{type: divprune, ratio: 1.0}", r"model.compressor.ratio: .* less than 1"),
         ("{type: tome, after_projector: true}", r"model.compressor.after_projector: "),
+        ("{type: token_merging, legacy: true}", r"legacy drops projected tokens: set after_projector=true"),
+        ("{type: token_merging, legacy: true, after_projector: true, mode: prune}", r"mode has no effect under legacy"),
+        ("{type: token_merging, legacy: true, after_projector: true, window: [2, 2, 2]}", r"one frame under legacy"),
         ("{type: qformer, legacy: true, num_heads: 2}", r"num_heads has no effect under legacy"),
         ("{type: qformer, legacy: true, num_queries: 1}", r"two queries or more"),
         ("{type: qformer, legacy: true, instruction_tower: ''}", r"legacy needs an instruction_tower"),

@@ -31,6 +31,7 @@ KINDS = {
     "pixel_shuffle": "{type: pixel_shuffle}",
     "qformer": "{type: qformer, num_queries: 4}",
     "qformer, no question": "{type: qformer, num_queries: 4, instruction_tower: ''}",
+    "stc": "{type: stc, depth: 1, width: 24}",
     "legacy": "{type: qformer, num_queries: 4, legacy: true}",
 }
 TINY = {name: text for name, text in KINDS.items() if name != "legacy"}
