@@ -137,7 +137,7 @@ def _same_settings(config: Config, saved: Path) -> bool:
 
 
 def _evaluate(config: Config, shards: Path) -> None:
-    from llava_scale.cli.use import evaluate
+    from llava_scale.cli.eval import evaluate
 
     folder = Path(config.train.output_dir)
     evaluate(folder / "final", data=str(shards), out=folder / "eval", batch_size=64, device="cpu")

@@ -1,47 +1,21 @@
-"""``llava-scale chat | run | eval | report``: use a trained model and see how good it is."""
+"""``llava-scale chat | run | report``: use a trained model, and compare runs."""
 
 from __future__ import annotations
 
-import enum
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+from llava_scale.cli.common import Checkpoint, Device, Dtype, DtypeOption, load_engine, progress
 
-    from rich.progress import TaskID
-
-    from llava_scale.errors import SampleError
-    from llava_scale.eval.metrics import Share
-    from llava_scale.eval.result import EvalResult
-    from llava_scale.eval.tasks import Generate, Question
-    from llava_scale.serving.engine import Engine
-
-
-class Dtype(str, enum.Enum):
-    """Type of the weights."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-_SHOWN = 10  # bad lines and samples on the terminal
-
-Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a model, such as RUN/final.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="Type of the weights; auto keeps the one they were saved in.")]
+_SHOWN = 10  # bad lines on the terminal
 
 
 def register(app: typer.Typer) -> None:
     """Add this module's commands to ``app``."""
     app.command()(chat)
     app.command()(run)
-    app.command(name="eval")(evaluate)
     app.command()(report)
 
 
@@ -63,7 +37,7 @@ def chat(
 
     Sampling(temperature=temperature, top_p=top_p, seed=seed)  # refuses before the model is loaded
     settings = AnswerSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    session = ChatSession(_load(checkpoint, device, dtype), settings)
+    session = ChatSession(load_engine(checkpoint, device, dtype), settings)
     for path in image or ():
         session.add_image(path)
     if question is None:
@@ -94,10 +68,10 @@ def run(
 
     if overwrite and source.exists() and target.exists() and source.samefile(target):
         raise ConfigError(f"{target} is the input too; choose another file for the answers")
-    engine = _load(checkpoint, device, dtype)
+    engine = load_engine(checkpoint, device, dtype)
     if overwrite:
         target.unlink(missing_ok=True)
-    with _progress() as show:
+    with progress() as show:
         outcome = answer_file(
             engine,
             source,
@@ -118,48 +92,6 @@ def run(
         raise typer.Exit(1)
 
 
-def evaluate(
-    checkpoint: Checkpoint,
-    data: Annotated[str, typer.Option(help="Folder or URL of held-out shards.")],
-    limit: Annotated[int, typer.Option(min=0, help="Most samples, spread evenly; 0 takes all.")] = 0,
-    ranking: Annotated[int, typer.Option(min=0, help="Rank each caption among this many; 0 ranks none.")] = 0,
-    ranking_task: Annotated[str, typer.Option(help="Rank samples whose 'task' is this.")] = "caption",
-    blind_model: Annotated[bool, typer.Option(help="Also ask with plain pictures: what text alone gives.")] = True,
-    out: Annotated[Path | None, typer.Option(help="Folder for eval.json and eval.html.")] = None,
-    num_examples: Annotated[int, typer.Option("--examples", min=0, help="Answers kept with their pictures.")] = 48,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
-    device: Device = "auto",
-    dtype: DtypeOption = Dtype.auto,
-) -> None:
-    """Held-out loss, exact match beside blind scores, and caption ranking of a model on packed data."""
-    from llava_scale.data.dataset import open_dataset
-    from llava_scale.eval.result import write_result
-    from llava_scale.eval.runner import EvalSettings
-    from llava_scale.eval.runner import evaluate as run_evaluation
-    from llava_scale.viz.scores import write_evaluation_page
-
-    settings = EvalSettings(
-        limit=limit, blind_model=blind_model, ranking=ranking, ranking_task=ranking_task, num_examples=num_examples
-    )
-    dataset = open_dataset(data)
-    engine = _load(checkpoint, device, dtype)
-    with _progress() as show:
-        result = run_evaluation(
-            engine.model,
-            engine.processor,
-            dataset,
-            asking(engine, max_new_tokens=max_new_tokens, batch_size=batch_size),
-            checkpoint=str(checkpoint),
-            settings=settings,
-            on_progress=show,
-        )
-    print_scores(result)
-    if out is not None:
-        write_result(result, out)
-        typer.echo(f"written: {out / 'eval.json'}, {write_evaluation_page(out)}")
-
-
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, to be compared.")],
     out: Annotated[Path, typer.Option(help="Folder for report.html and the curves as PNG.")],
@@ -172,91 +104,3 @@ def report(
     from llava_scale.viz.report import write_report
 
     typer.echo(f"written: {write_report(runs, out, title=title)}")
-
-
-def asking(engine: Engine, *, max_new_tokens: int = 64, batch_size: int = 16) -> Generate:
-    """Return the way in which ``eval`` asks ``engine``: greedily, in batches."""
-    from llava_scale.serving.engine import GenerationRequest
-
-    def generate(questions: Sequence[Question]) -> Sequence[str | SampleError]:
-        requests = [GenerationRequest(turns=question.turns, media=question.media) for question in questions]
-        return engine.try_generate(requests, max_new_tokens=max_new_tokens, batch_size=batch_size)
-
-    return generate
-
-
-def print_scores(result: EvalResult) -> None:
-    """Print the scores of an evaluation as tables."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    if result.exact_match["overall"].total:
-        table = Table("", "questions", "exact match", "95 % interval", "blind", "blind model")
-        for group, share in result.exact_match.items():
-            blind, blind_model = result.blind.get(group), result.blind_model.get(group)
-            table.add_row(*_score_cells(group, share, blind, blind_model))
-        table.add_section()
-        for group, share in result.by_task.items():
-            blind, blind_model = result.blind_by_task.get(group), result.blind_model_by_task.get(group)
-            table.add_row(*_score_cells(group, share, blind, blind_model))
-        console.print(table)
-        typer.echo("blind: most frequent answer to such a question; blind model: this one with plain pictures")
-    typer.echo(f"{result.num_samples:,} samples of {result.data}")
-    if result.loss is not None:
-        typer.echo(f"held-out loss {result.loss:.4f} nats a token ({result.num_supervised:,} supervised tokens)")
-    if result.ranking is not None:
-        ranking = result.ranking
-        for name, first, fifth in (
-            ("mean", ranking.top1, ranking.top5),
-            ("sum", ranking.sum_top1, ranking.sum_top5),
-        ):
-            typer.echo(
-                f"caption ranking by the {name} over tokens, {ranking.num_samples:,} pictures among "
-                f"{ranking.num_candidates:,}: top 1 {first.value:.1%}, top 5 {fifth.value:.1%} "
-                f"(chance {ranking.chance(1):.1%}, {ranking.chance(5):.1%})"
-            )
-    for item in result.skipped[:_SHOWN]:
-        typer.echo(f"left out: {item.shard}: {item.key}: {item.reason}", err=True)
-    if result.skipped:
-        typer.echo(f"{len(result.skipped):,} samples or questions left out", err=True)
-
-
-def _score_cells(group: str, share: Share, blind: Share | None, blind_model: Share | None) -> list[str]:
-    low, high = share.interval
-    others = ["" if other is None else f"{other.value:.1%}" for other in (blind, blind_model)]
-    return [group, f"{share.total:,}", f"{share.value:.1%}", f"{low:.1%} to {high:.1%}", *others]
-
-
-def _load(checkpoint: Path, device: str, dtype: Dtype) -> Engine:
-    from transformers.utils.logging import disable_progress_bar
-
-    from llava_scale.serving.engine import load_engine
-
-    disable_progress_bar()
-    return load_engine(checkpoint, device=device, dtype=dtype.value)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show named bars on the terminal; yields a function of (name, done, total)."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bars: dict[str, TaskID] = {}
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
-
-        def show(name: str, done: int, total: int) -> None:
-            if name not in bars:
-                bars[name] = progress.add_task(name, total=total)
-            progress.update(bars[name], completed=done, total=total)
-
-        yield show
