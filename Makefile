@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart real test test-all test-gpu bench lint format clean
+.PHONY: install quickstart real test test-all test-gpu docs bench lint format clean
 
 install: $(STAMP) ## make the virtual environment with pinned packages
 
@@ -23,11 +23,15 @@ test: install lint ## the fast suite
 	$(BIN)/pytest -n 2 -m "not slow and not gpu"
 
 test-all: install lint ## everything that needs no GPU; installs what the service tests talk to
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[services]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[services,docs]'
 	$(BIN)/pytest -n 2 -m "not gpu" --timeout 1800
 
 test-gpu: install ## what needs a CUDA device
 	$(BIN)/pytest -m gpu
+
+docs: install ## the documentation as web pages, in docs/_build/html
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
 bench: install ## ratios against peers
 	for script in benchmarks/*_*.py; do $(BIN)/python $$script || exit 1; done
