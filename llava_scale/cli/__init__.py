@@ -7,7 +7,19 @@ import sys
 
 import typer
 
-_COMMANDS = ("data", "data_view", "data_toy", "train", "estimate", "use", "eval", "interop", "quickstart", "doctor")
+_COMMANDS = (
+    "data",
+    "data_view",
+    "data_toy",
+    "train",
+    "estimate",
+    "use",
+    "show",
+    "eval",
+    "interop",
+    "quickstart",
+    "doctor",
+)
 
 
 def build_app() -> typer.Typer:

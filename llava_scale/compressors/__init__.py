@@ -25,7 +25,13 @@ from llava_scale.compressors.projector import Projector, identity_layers, linear
 from llava_scale.compressors.schedule import RatioSchedule
 from llava_scale.compressors.selection import DivPrune, RandomPrune, TemporalPrune, UniformPrune, VisionZip
 from llava_scale.compressors.stc import STC, STCCount
-from llava_scale.compressors.swin_qformer import LegacySwinQFormer, QueryCompressor, QueryCount, SwinQFormer
+from llava_scale.compressors.swin_qformer import (
+    LegacySwinQFormer,
+    QueryCompressor,
+    QueryCount,
+    SwinQFormer,
+    recorded_attention,
+)
 from llava_scale.compressors.token_merging import LocalTokenMerging
 from llava_scale.compressors.tome import TomeCount, TomeInBlocks
 from llava_scale.config.compressor import (
@@ -65,6 +71,7 @@ __all__ = [
     "build_stc",
     "build_weightless",
     "parse_compressor",
+    "recorded_attention",
     "token_count",
 ]
 

@@ -7,6 +7,8 @@ the instruction tower, ``C`` width of the queries.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +18,13 @@ from torch import Tensor, nn
 
 from llava_scale.compressors.base import EVALUATION, CompressedTokens, Context, Instruction
 from llava_scale.compressors.merging import check_grid
-from llava_scale.compressors.window_attention import Windows, legacy_windows, query_windows, window_attention
+from llava_scale.compressors.window_attention import (
+    Windows,
+    legacy_windows,
+    query_windows,
+    window_attention,
+    window_weights,
+)
 from llava_scale.types import Grid
 
 ABSORB_FROM = 8
@@ -25,6 +33,10 @@ ABSORB_FROM = 8
 
 QUERY_STD = 0.02
 """Standard deviation of learned queries at the start, as usual for embeddings."""
+
+
+Recorder = Callable[[Tensor], object]
+"""Hears the attention weights ``(B, H, Q, N)`` of each pass, for those who want to look at them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,6 +261,7 @@ class CrossAttention(nn.Module):
         self.q_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
         # a bias of the keys would add the same to all scores of a query, which softmax takes away again
         self.k_proj, self.v_proj = nn.Linear(memory_width, width, bias=False), nn.Linear(memory_width, width)
+        self.recorder: Recorder | None = None
 
     def project(self, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values by heads, ``(B, H, ., C / H)``."""
@@ -268,6 +281,8 @@ class CrossAttention(nn.Module):
             values: ``(B, N, D)``, what the values are made from.
             windows: Tokens that each query sees.
         """
+        if self.recorder is not None:
+            self.recorder(window_weights(self._split(self.q_proj(queries)), self._split(self.k_proj(keys)), windows))
         num_tokens, head_width = keys.shape[1], self.q_proj.out_features // self.num_heads
         seen = min(2 * max(map(len, windows)), num_tokens)
         if num_tokens * head_width > ABSORB_FROM * len(windows) * seen:
@@ -317,6 +332,7 @@ class LegacySwinQFormer(QueryCompressor):
         self.norm = nn.LayerNorm(width)
         self.to_kv_inst, self.to_out_inst = nn.Linear(width, 2 * width), nn.Linear(width, width)
         self.to_kv_mmodal, self.to_out_mmodal = nn.Linear(in_width, 2 * width), nn.Linear(width, width)
+        self.recorder: Recorder | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -339,9 +355,29 @@ class LegacySwinQFormer(QueryCompressor):
             queries = self.norm(self.to_out_inst(read))
         key, value = self.to_kv_mmodal(x_BND).chunk(2, dim=-1)
         key, value = self.norm(key).unsqueeze(1), self.norm(value).unsqueeze(1)
+        if self.recorder is not None:
+            self.recorder(window_weights(queries.unsqueeze(1), key, windows))
         looked = window_attention(queries.unsqueeze(1), key, value, windows).squeeze(1)
         answers: Tensor = self.norm(self.to_out_mmodal(looked))
         return answers
+
+
+@contextmanager
+def recorded_attention(compressor: QueryCompressor) -> Iterator[list[Tensor]]:
+    """Context that yields a list, to which each pass adds what its queries attend to, layer by layer.
+
+    An entry is ``(B, H, Q, N)``, float32: B sets of queries (frames of clips are sets of their own under
+    ``scope: frame``), N the tokens that a set looks at; zero outside of a query's window.
+    """
+    seen: list[Tensor] = []
+    lookers = [module for module in compressor.modules() if isinstance(module, CrossAttention | LegacySwinQFormer)]
+    for module in lookers:
+        module.recorder = lambda weights: seen.append(weights.detach())
+    try:
+        yield seen
+    finally:
+        for module in lookers:
+            module.recorder = None
 
 
 def sincos_position(grid: Grid, width: int, *, like: Tensor) -> Tensor:

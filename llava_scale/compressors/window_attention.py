@@ -67,6 +67,14 @@ def window_attention(query: Tensor, key: Tensor, value: Tensor, windows: Windows
     return _attend(query, key[:, :, first:last], value[:, :, first:last], inside)
 
 
+def window_weights(query: Tensor, key: Tensor, windows: Windows) -> Tensor:
+    """Weights that ``window_attention`` gives the tokens, ``(B, H, Q, N)``; to look at, as they are large."""
+    scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
+    mask = _mask(windows, key.shape[2], key.device)
+    seen = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    return F.softmax(seen, dim=-1, dtype=torch.float32)
+
+
 def _mask(windows: Sequence[range], num_tokens: int, device: torch.device) -> Tensor | None:
     """``(Q, N)`` bool, true where a query sees a token; None if all see all."""
     if all(len(window) == num_tokens for window in windows):

@@ -163,3 +163,38 @@ def test_positions_tell_all_places_apart():
 def test_tokens_that_do_not_lie_on_the_grid_are_refused():
     with pytest.raises(ShapeError, match="needs"):
         swin()(tokens(), (1, 4, 5))
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_recorded_attention_is_what_the_answers_are_made_of(legacy):
+    from llava_scale.compressors.swin_qformer import LegacySwinQFormer, SwinQFormer, recorded_attention
+
+    torch.manual_seed(0)
+    if legacy:
+        module = LegacySwinQFormer(6, instruction_width=4, width=8, num_queries=4, window=7)
+        looker = module
+    else:
+        module = SwinQFormer(6, instruction_width=0, width=8, num_queries=4, num_layers=1, num_heads=2, window=7)
+        looker = module.layers[0].look
+    module, x = module.double(), torch.randn(2, 20, 6, dtype=torch.float64)
+    with recorded_attention(module) as seen:
+        module(x, (2, 2, 5))
+    assert [tuple(weights.shape) for weights in seen] == [(4, 1 if legacy else 2, 4, 10)]
+    assert looker.recorder is None
+    windows = module.windows(10)
+    for number, window in enumerate(windows):
+        assert torch.equal(seen[0][:, :, number].sum(-1) - seen[0][:, :, number, list(window)].sum(-1) < 1e-6,
+                           torch.ones(4, seen[0].shape[1], dtype=torch.bool))  # fmt: skip
+    if legacy:
+        value = module.norm(module.to_kv_mmodal(x.view(4, 10, 6)).chunk(2, dim=-1)[1])
+        answers = module.norm(module.to_out_mmodal((seen[0].double() @ value.unsqueeze(1)).squeeze(1)))
+        torch.testing.assert_close(module(x, (2, 2, 5)).tokens, answers.view(2, 8, 8), atol=1e-5, rtol=1e-5)
+
+
+def test_window_weights_times_values_are_window_attention():
+    from llava_scale.compressors.window_attention import query_windows, window_attention, window_weights
+
+    query, key, value = (torch.randn(2, 3, number, 4, dtype=torch.float64) for number in (5, 40, 40))
+    windows = query_windows(num_tokens=40, num_queries=5, width=9)
+    weights = window_weights(query, key, windows).double()
+    torch.testing.assert_close(weights @ value, window_attention(query, key, value, windows), atol=1e-6, rtol=1e-5)
