@@ -28,7 +28,9 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     checkpoint: Checkpoint,
-    data: Annotated[str, typer.Option(help="Folder or URL of held-out shards.")],
+    more_tasks: Annotated[list[Path] | None, typer.Argument(metavar="[TASK.yaml]...", help="As --tasks.")] = None,
+    tasks: Annotated[list[Path] | None, typer.Option(help="Task files (YAML); further ones may follow it.")] = None,
+    data: Annotated[str, typer.Option(help="Folder or URL of held-out shards: loss, exact match, ranking.")] = "",
     limit: Annotated[int, typer.Option(min=0, help="Most samples, spread evenly; 0 takes all.")] = 0,
     ranking: Annotated[int, typer.Option(min=0, help="Rank each caption among this many; 0 ranks none.")] = 0,
     ranking_task: Annotated[str, typer.Option(help="Rank samples whose 'task' is this.")] = "caption",
@@ -37,10 +39,31 @@ def evaluate(
     num_examples: Annotated[int, typer.Option("--examples", min=0, help="Answers kept with their pictures.")] = 48,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that share the tasks on this machine.")] = 1,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ask again what OUT/answers holds already.")] = False,
     device: Device = "auto",
     dtype: DtypeOption = Dtype.auto,
 ) -> None:
-    """Held-out loss, exact match beside blind scores, and caption ranking of a model on packed data."""
+    """Scores of a model: by task files, or held-out loss, exact match and caption ranking on packed data (--data).
+
+    Task answers are kept in OUT/answers: an evaluation that was cut off goes on where it was. Several processes:
+    --processes N, or torchrun --nproc-per-node N --no-python llava-scale eval CHECKPOINT --tasks TASK.yaml
+    """
+    from llava_scale.errors import ConfigError
+
+    chosen = [*(tasks or ()), *(more_tasks or ())]
+    if bool(chosen) == bool(data):
+        raise ConfigError("give either task files (--tasks a.yaml b.yaml) or shards (--data)")
+    if chosen:
+        from llava_scale.cli.eval_tasks import TaskOptions, evaluate_tasks
+
+        options = TaskOptions(
+            out=out, batch_size=batch_size, processes=processes, fresh=fresh, device=device, dtype=dtype.value
+        )
+        evaluate_tasks(checkpoint, chosen, options)
+        return
+    if processes > 1:
+        raise ConfigError("--processes is for task files (--tasks)")
     from llava_scale.data.dataset import open_dataset
     from llava_scale.eval.result import write_result
     from llava_scale.eval.runner import EvalSettings
