@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _FIELDS = ("id", "image", "question", "conversations")
-_BATCHES_AT_ONCE = 4  # lines are sorted by length within these, and written out after them
+_BATCHES_AT_ONCE = 16  # lines share one running batch within these, and are written out after them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import copy
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from llava_scale.errors import CheckpointError, ConfigError, SampleError
 from llava_scale.model import load_model
-from llava_scale.serving.prompts import GenerationRequest, Medium, Prompt, decode_pictures, make_prompt
-from llava_scale.serving.sampling import Sampling, TokenSampler
-from llava_scale.serving.streaming import TokenQueue, text_pieces, token_ids
+from llava_scale.serving.decoding import Answer, Decoder, Kept
+from llava_scale.serving.prompts import GenerationRequest, Medium, Prompt, load_media, make_prompt
+from llava_scale.serving.sampling import Sampling
+from llava_scale.serving.streaming import text_pieces
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from llava_scale.model import LlavaScaleForConditionalGeneration, LlavaScaleProcessor
 
 __all__ = ["Engine", "GenerationRequest", "Medium", "choose_device", "load_engine"]
@@ -96,13 +94,13 @@ class Engine:
     ) -> list[str]:
         """Answers in the order of the requests.
 
-        Requests of similar length share a batch. An answer does not depend on its neighbours, also when tokens are
-        drawn, but for rounding: exact in float32 as far as two tokens do not tie.
+        Answers join and leave one running batch, the longest prompts first. An answer does not depend on its
+        neighbours, also when tokens are drawn, but for rounding: exact in float32 as far as two tokens do not tie.
 
         Args:
             requests: What to answer.
             max_new_tokens: Longest answer in tokens.
-            batch_size: Most requests in one batch.
+            batch_size: Answers that run at once.
             temperature: 0 always takes the likeliest token.
             top_p: Draw from the likeliest tokens that together hold this share.
             seed: Makes draws repeatable.
@@ -154,50 +152,20 @@ class Engine:
             ConfigError: a setting out of range.
         """
         sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-        prompt = self._prompt(request, max_new_tokens)
-        pixels = decode_pictures(prompt, self.processor)
+        answer = self.answer(self.prompt(request, max_new_tokens), max_new_tokens, sampling)
+        yield from text_pieces(self.tokens(answer), self.decode)
 
-        def work(tokens: TokenQueue) -> None:
-            self._run([prompt], pixels, max_new_tokens, sampling, [0], streamer=tokens)
+    def prompt(self, request: GenerationRequest, max_new_tokens: int) -> Prompt:
+        """The request as token ids, refused if the answer could not follow it.
 
-        # closed by name: at an exception in the reader nothing else would stop the thread in time
-        with closing(token_ids(work)) as ids:
-            yield from text_pieces(ids, self._decode, self._end_ids)
-
-    def _outcomes(
-        self, requests: Sequence[GenerationRequest], max_new_tokens: int, batch_size: int, sampling: Sampling
-    ) -> Iterator[tuple[int, str | SampleError]]:
-        """Yield (number of the request, answer or why there is none) as batches are done, longest prompts first."""
-        if batch_size < 1:
-            raise ConfigError(f"batch_size must be 1 or more, got {batch_size}")
-        prompts: dict[int, Prompt] = {}
-        for number, request in enumerate(requests):
-            try:
-                prompts[number] = self._prompt(request, max_new_tokens)
-            except SampleError as error:
-                yield number, error
-        order = sorted(prompts, key=lambda number: -len(prompts[number].input_ids))
-        for start in range(0, len(order), batch_size):
-            pixels: list[Tensor] = []
-            usable: list[int] = []
-            for number in order[start : start + batch_size]:
-                try:
-                    pixels += decode_pictures(prompts[number], self.processor)
-                    usable.append(number)
-                except SampleError as error:
-                    yield number, error
-            if usable:
-                batch = [prompts[number] for number in usable]
-                rows = self._run(batch, pixels, max_new_tokens, sampling, usable)
-                yield from zip(usable, map(self._text, rows), strict=True)
-
-    def _prompt(self, request: GenerationRequest, max_new_tokens: int) -> Prompt:
-        """The request as token ids, refused if the answer could not follow it."""
+        Raises:
+            SampleError: the request cannot be used.
+            ConfigError: no token is asked for.
+        """
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
         prompt = make_prompt(request, self.processor)
-        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
-        length = len(prompt.input_ids)
+        limit, length = self.context_length, len(prompt.input_ids)
         if limit and length + max_new_tokens > limit:
             raise SampleError(
                 f"the conversation takes {length:,} tokens; with {max_new_tokens:,} for the answer that is more than "
@@ -205,60 +173,99 @@ class Engine:
             )
         return prompt
 
-    @torch.no_grad()
-    def _run(
+    def answer(
         self,
-        prompts: Sequence[Prompt],
-        pixels: Sequence[Tensor],
+        prompt: Prompt,
         max_new_tokens: int,
         sampling: Sampling,
-        numbers: Sequence[int],
-        streamer: TokenQueue | None = None,
-    ) -> list[list[int]]:
-        """New token ids of each prompt of one batch."""
-        longest = max(len(prompt.input_ids) for prompt in prompts)
-        pad_id = self.processor.tokenizer.pad_token_id
-        rows = [[pad_id] * (longest - len(prompt.input_ids)) + prompt.input_ids for prompt in prompts]
-        masks = [[0] * (longest - len(prompt.input_ids)) + [1] * len(prompt.input_ids) for prompt in prompts]
-        device = self.model.device
-        inputs: dict[str, Any] = {
-            "input_ids": torch.tensor(rows, device=device),
-            "attention_mask": torch.tensor(masks, device=device),
-        }
-        if pixels:
-            inputs["pixel_values"] = torch.stack(list(pixels)).to(device)
-            questions = [prompt.question for prompt in prompts for _ in prompt.pictures]
-            inputs |= {name: ids.to(device) for name, ids in self.processor.question_inputs(questions).items()}
-        if sampling.temperature:
-            inputs["logits_processor"] = [TokenSampler(sampling, sampling.generators(numbers))]
-        output = self.model.generate(
-            **inputs, generation_config=self._settings(max_new_tokens, pad_id), streamer=streamer
-        )
-        new_ids: list[list[int]] = output[:, longest:].tolist()
-        return new_ids
+        *,
+        number: int = 0,
+        start: Kept | None = None,
+        keep: bool = False,
+    ) -> Answer:
+        """An answer that a ``Decoder`` can work on; media are decoded here.
 
-    def _settings(self, max_new_tokens: int, pad_id: int) -> Any:
-        """The checkpoint's generation config with what is ours to decide: length, ends, and no drawing of its own."""
-        settings = copy.deepcopy(self.model.generation_config)
-        settings.update(
+        Args:
+            prompt: What is answered.
+            max_new_tokens: Longest answer in tokens.
+            sampling: How tokens are chosen.
+            number: Tells apart answers that share a seed.
+            start: Earlier turns of the conversation, which are not read again.
+            keep: Leave the conversation in ``Answer.kept``.
+
+        Raises:
+            SampleError: a medium cannot be decoded.
+        """
+        return Answer(
+            prompt=prompt,
+            inputs=load_media(prompt, self.processor),
             max_new_tokens=max_new_tokens,
-            max_length=None,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            use_cache=True,
-            return_dict_in_generate=False,
-            eos_token_id=list(self._end_ids),
-            pad_token_id=pad_id,
+            chooser=sampling.choosers([number])[0],
+            start=start,
+            keep=keep,
         )
-        return settings
 
-    def _text(self, ids: list[int]) -> str:
-        end = next((place for place, token_id in enumerate(ids) if token_id in self._end_ids), len(ids))
-        return self._decode(ids[:end]).strip()
+    def decoder(self, max_batch: int) -> Decoder:
+        """A batch of at most ``max_batch`` answers.
 
-    def _decode(self, ids: Sequence[int]) -> str:
+        Raises:
+            ConfigError: the language model's layers are of a kind that cannot be batched.
+        """
+        return Decoder(self.model, self._end_ids, self.processor.tokenizer.pad_token_id, max_batch)
+
+    def tokens(self, answer: Answer) -> Iterator[int]:
+        """Yield the tokens of one answer as they are chosen; closing the iterator ends the work."""
+        decoder, given = self.decoder(1), 0
+        decoder.add(answer)
+        try:
+            while not answer.finish:
+                decoder.step()
+                yield from answer.new_ids[given:]
+                given = len(answer.new_ids)
+        finally:
+            decoder.cancel(answer)
+        if answer.error is not None:
+            raise answer.error
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, without special tokens."""
         text: str = self.processor.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of conversation and answer; 0 where the language model names none."""
+        return getattr(self.model.config.text_config, "max_position_embeddings", None) or 0
+
+    def _outcomes(
+        self, requests: Sequence[GenerationRequest], max_new_tokens: int, batch_size: int, sampling: Sampling
+    ) -> Iterator[tuple[int, str | SampleError]]:
+        """Yield (number of the request, answer or why there is none) as they are done, longest prompts first."""
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be 1 or more, got {batch_size}")
+        prompts: dict[int, Prompt] = {}
+        for number, request in enumerate(requests):
+            try:
+                prompts[number] = self.prompt(request, max_new_tokens)
+            except SampleError as error:
+                yield number, error
+        waiting = deque(sorted(prompts, key=lambda number: -len(prompts[number].input_ids)))
+        choosers = dict(zip(prompts, sampling.choosers(list(prompts)), strict=True))
+        decoder = self.decoder(batch_size)
+        numbers: dict[Answer, int] = {}
+        while waiting or numbers:
+            while waiting and decoder.room:
+                number = waiting.popleft()
+                try:
+                    answer = self.answer(prompts[number], max_new_tokens, Sampling())
+                except SampleError as error:
+                    yield number, error
+                    continue
+                answer.chooser = choosers[number]
+                numbers[answer] = number
+                decoder.add(answer)
+            for answer in decoder.step():
+                if answer.error is not None:
+                    raise answer.error
+                if answer.finish:
+                    yield numbers.pop(answer), self.decode(answer.new_ids).strip()

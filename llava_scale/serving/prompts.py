@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL import Image, ImageOps
 
 from llava_scale.data.collate import instruction_of
@@ -43,17 +45,22 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """A request as token ids, with its pictures still encoded.
+    """A request as token ids, with its media still encoded.
 
     Attributes:
         input_ids: Token ids; each medium's placeholder repeated to its number of tokens.
         pictures: Encoded pictures in order of appearance.
+        media_spans: First position and number of tokens of each medium, in order of appearance.
         question: The user's turns without placeholders, for models that read them beside the pictures.
+        signature: One number a position: its token id, or for media what they look like to the model. Two prompts
+            whose signatures begin alike begin with the same keys and values.
     """
 
     input_ids: list[int]
-    pictures: tuple[bytes, ...]
+    pictures: tuple[bytes, ...] = ()
+    media_spans: tuple[tuple[int, int], ...] = ()
     question: str = ""
+    signature: tuple[int, ...] = ()
 
 
 def make_prompt(request: GenerationRequest, processor: LlavaScaleProcessor) -> Prompt:
@@ -69,14 +76,46 @@ def make_prompt(request: GenerationRequest, processor: LlavaScaleProcessor) -> P
     encoder, counter = processor.chat_encoder, processor.token_counter
     kind_of = {token_id: kind for kind, token_id in encoder.placeholder_ids.items()}
     input_ids: list[int] = []
+    signature: list[int] = []
+    spans: list[tuple[int, int]] = []
+    question = instruction_of(turns)
     for token_id in encoder.encode_prompt(turns):
         kind = kind_of.get(token_id)
         if kind is None:
             input_ids.append(token_id)
+            signature.append(token_id)
             continue
-        info = _info(kind, next(waiting[kind]))
-        input_ids += [token_id] * counter.count(info, step=None).num_tokens
-    return Prompt(input_ids=input_ids, pictures=tuple(media["image"]), question=instruction_of(turns))
+        data = next(waiting[kind])
+        count = counter.count(_info(kind, data), step=None).num_tokens
+        spans.append((len(input_ids), count))
+        input_ids += [token_id] * count
+        signature += [_look(data, question if processor.reads_questions else "")] * count
+    return Prompt(
+        input_ids=input_ids,
+        pictures=tuple(media["image"]),
+        media_spans=tuple(spans),
+        question=question,
+        signature=tuple(signature),
+    )
+
+
+def load_media(prompt: Prompt, processor: LlavaScaleProcessor) -> Callable[[int], dict[str, Any]]:
+    """Decode the media of ``prompt``; returns their arguments of the model, for the tokens from a position on.
+
+    Raises:
+        SampleError: one cannot be decoded.
+    """
+    pixels = decode_pictures(prompt, processor)
+    question = processor.question_inputs([prompt.question]) if pixels else {}
+
+    def inputs(first: int) -> dict[str, Any]:
+        rest = [picture for picture, (start, _) in zip(pixels, prompt.media_spans, strict=True) if start >= first]
+        if not rest:
+            return {}
+        questions = {name: value.expand(len(rest), -1) for name, value in question.items()}
+        return {"pixel_values": torch.stack(rest), **questions}
+
+    return inputs
 
 
 def place_media(turns: Sequence[Turn], counts: Mapping[MediaKind, int]) -> tuple[Turn, ...]:
@@ -101,6 +140,12 @@ def decode_pictures(prompt: Prompt, processor: LlavaScaleProcessor) -> list[Tens
     """
     transform = processor.image_transform
     return [transform(data) for data in prompt.pictures]
+
+
+def _look(data: bytes, question: str) -> int:
+    """Number below zero, so that it is no token's, that stands for a medium as the model sees it."""
+    digest = hashlib.blake2b(data, digest_size=8, key=hashlib.blake2b(question.encode()).digest()).digest()
+    return -1 - (int.from_bytes(digest, "little") >> 1)
 
 
 def _info(kind: MediaKind, data: bytes) -> MediaInfo:

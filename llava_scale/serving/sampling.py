@@ -38,37 +38,52 @@ class Sampling:
         if self.temperature == 0 and self.top_p < 1:
             raise ConfigError("top_p has no effect at temperature 0; raise the temperature or leave top_p out")
 
-    def generators(self, numbers: Sequence[int]) -> list[torch.Generator]:
-        """One generator for each request, by its number."""
+    def choosers(self, numbers: Sequence[int]) -> list[Chooser]:
+        """One chooser for each request, by its number."""
+        if not self.temperature:
+            return [Chooser(self, None) for _ in numbers]
         seed = secrets.randbits(63) if self.seed is None else self.seed
-        return [torch.Generator().manual_seed(_mixed(seed, number)) for number in numbers]
+        return [Chooser(self, torch.Generator().manual_seed(_mixed(seed, number))) for number in numbers]
 
 
-class TokenSampler:
-    """Turns scores so that their maximum is a draw from the distribution (Gumbel-max), row by row.
+@dataclass(frozen=True, slots=True)
+class Chooser:
+    """How one answer's tokens are chosen, with its own source of chance; None where nothing is drawn."""
 
-    A logits processor for ``generate`` without its own sampling, whose draws depend on the neighbours in the batch.
-    """
-
-    def __init__(self, sampling: Sampling, generators: Sequence[torch.Generator]) -> None:
-        self._sampling = sampling
-        self._generators = generators
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores ``(B, V)`` after temperature and top-p, with each row's noise added."""
-        scaled = keep_top_p(scores.float() / self._sampling.temperature, self._sampling.top_p)
-        draws = [torch.rand(scores.shape[1], generator=generator) for generator in self._generators]
-        uniform = torch.stack(draws).clamp_(min=torch.finfo(torch.float32).tiny)
-        return scaled - uniform.log_().neg_().clamp_(min=1e-30).log_().to(scaled.device)
+    sampling: Sampling
+    generator: torch.Generator | None
 
 
-def keep_top_p(scores: Tensor, top_p: float) -> Tensor:
-    """Set every score to -inf but those of the smallest set that holds the share ``top_p`` of the probability."""
-    if top_p >= 1:
+def choose_tokens(scores: Tensor, choosers: Sequence[Chooser]) -> list[int]:
+    """The next token of each row of ``scores``, ``(B, V)``."""
+    chosen: list[int] = scores.argmax(dim=-1).tolist()
+    drawn = [row for row, chooser in enumerate(choosers) if chooser.generator is not None]
+    if drawn:
+        some = _perturbed(scores[drawn].float(), [choosers[row] for row in drawn]).argmax(dim=-1).tolist()
+        for row, token in zip(drawn, some, strict=True):
+            chosen[row] = token
+    return chosen
+
+
+def _perturbed(scores: Tensor, choosers: Sequence[Chooser]) -> Tensor:
+    """Scores with each row's noise added, so that the maximum is a draw (Gumbel-max)."""
+    temperature, top_p = (
+        torch.tensor([[getattr(chooser.sampling, name)] for chooser in choosers], device=scores.device)
+        for name in ("temperature", "top_p")
+    )
+    kept = keep_top_p(scores / temperature, top_p)
+    draws = [torch.rand(scores.shape[1], generator=chooser.generator) for chooser in choosers]
+    uniform = torch.stack(draws).clamp_(min=torch.finfo(torch.float32).tiny)
+    return kept - uniform.log_().neg_().clamp_(min=1e-30).log_().to(kept.device)
+
+
+def keep_top_p(scores: Tensor, top_p: Tensor) -> Tensor:
+    """Set every score to -inf but those of the smallest set that holds each row's share ``(B, 1)`` of probability."""
+    if bool((top_p >= 1).all()):
         return scores
     ordered, order = scores.sort(dim=-1, descending=True)
     shares = ordered.softmax(dim=-1)
-    surplus = shares.cumsum(dim=-1) - shares >= top_p
+    surplus = (shares.cumsum(dim=-1) - shares >= top_p) & (top_p < 1)
     return scores.masked_fill(surplus.scatter(-1, order, surplus), float("-inf"))
 
 

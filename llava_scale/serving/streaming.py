@@ -1,103 +1,88 @@
-"""Tokens from the thread that generates to the text that is read, piece by piece."""
+"""Token ids to the text that is read, piece by piece."""
 
 from __future__ import annotations
 
-import queue
-import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Sequence
-
-    from torch import Tensor
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 _UNFINISHED = "�"
 
 
-class Stopped(Exception):  # noqa: N818 (nothing went wrong)
-    """Raised inside ``generate`` when nobody reads the answer any more."""
+class TextStream:
+    """Text of an answer as its tokens come; the pieces together are the stripped text of all of them.
 
+    Characters made of several tokens are held back until they are whole, space until something follows it, and what
+    could be the beginning of a stop text until it is known.
 
-class TokenQueue:
-    """Streamer for ``generate``: hands each new token id to another thread."""
+    Args:
+        decode: Token ids to text.
+        stops: Texts that end the answer, and are no part of it.
 
-    def __init__(self) -> None:
-        self._items: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
-        self._stop = threading.Event()
-        self._saw_prompt = False
-
-    def put(self, tokens: Tensor) -> None:
-        """Called by ``generate``: first with the prompt, then with each token.
-
-        Raises:
-            Stopped: after ``stop``.
-        """
-        if self._stop.is_set():
-            raise Stopped
-        if self._saw_prompt:
-            self._items.put(int(tokens.reshape(-1)[0]))
-        self._saw_prompt = True
-
-    def end(self) -> None:
-        """Called by ``generate`` after the last token."""
-        self._items.put(None)
-
-    def fail(self, error: BaseException) -> None:
-        """End with an error, which the reader gets."""
-        self._items.put(error)
-
-    def stop(self) -> None:
-        """Make ``generate`` give up at its next token."""
-        self._stop.set()
-
-    def __iter__(self) -> Iterator[int]:
-        while (item := self._items.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-
-def token_ids(generate: Callable[[TokenQueue], object]) -> Generator[int, None, None]:
-    """Run ``generate`` in a thread and yield its token ids as they come.
-
-    Closing the iterator, or an exception where it is read, stops the thread and waits for it (one token's time).
+    Attributes:
+        num_tokens: Tokens that came.
+        stopped: Whether a stop text was met; nothing more comes then.
     """
-    tokens = TokenQueue()
 
-    def work() -> None:
-        try:
-            generate(tokens)
-            tokens.end()
-        except Stopped:
-            pass
-        except BaseException as error:  # whatever it is, the reader must get it, not a silent end
-            tokens.fail(error)
+    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
+        self._decode = decode
+        self._stops = [stop for stop in stops if stop]
+        self._seen: list[int] = []
+        self._given = 0
+        self.stopped = False
 
-    thread = threading.Thread(target=work, name="llava-scale-stream", daemon=True)
-    thread.start()
-    try:
-        yield from tokens
-    finally:
-        tokens.stop()
-        thread.join()
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that came."""
+        return len(self._seen)
 
-
-def text_pieces(ids: Iterator[int], decode: Callable[[Sequence[int]], str], end_ids: Sequence[int]) -> Iterator[str]:
-    """Yield the text of ``ids`` in pieces that together are the stripped text of all of them.
-
-    Characters made of several tokens are held back until they are whole, space until something follows it.
-    """
-    seen: list[int] = []
-    given = 0
-    for token_id in ids:
-        if token_id in end_ids:
-            break
-        seen.append(token_id)
+    def push(self, token_id: int) -> str:
+        """Take one token; return the text that is certain now, often nothing."""
+        self._seen.append(token_id)
         # only the last character can still change: what stands before it is whole, or will never be
-        ready = decode(seen).lstrip().removesuffix(_UNFINISHED).rstrip()
-        if len(ready) > given:
-            yield ready[given:]
-            given = len(ready)
-    rest = decode(seen).strip()[given:]
-    if rest:
-        yield rest
+        text = self._decode(self._seen).lstrip().removesuffix(_UNFINISHED)
+        cut = self._cut(text)
+        if cut is not None:
+            return self._give(text[:cut].rstrip())
+        return self._give(text[: len(text) - self._held(text)].rstrip())
+
+    def end(self) -> str:
+        """What was held back to the end."""
+        if self.stopped:
+            return ""
+        text = self._decode(self._seen).strip()
+        cut = self._cut(text)
+        return self._give(text if cut is None else text[:cut].rstrip())
+
+    def _cut(self, text: str) -> int | None:
+        found = [place for place in map(text.find, self._stops) if place >= 0]
+        self.stopped = self.stopped or bool(found)
+        return min(found, default=None)
+
+    def _held(self, text: str) -> int:
+        """Characters at the end that a stop text could begin with."""
+        longest = 0
+        for stop in self._stops:
+            for size in range(min(len(stop) - 1, len(text)), longest, -1):
+                if text.endswith(stop[:size]):
+                    longest = size
+                    break
+        return longest
+
+    def _give(self, ready: str) -> str:
+        piece = ready[self._given :]
+        self._given = max(self._given, len(ready))
+        return piece
+
+
+def text_pieces(ids: Iterable[int], decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> Iterator[str]:
+    """Yield the text of ``ids`` in pieces, up to a stop text."""
+    stream = TextStream(decode, stops)
+    for token_id in ids:
+        if piece := stream.push(token_id):
+            yield piece
+        if stream.stopped:
+            return
+    if piece := stream.end():
+        yield piece

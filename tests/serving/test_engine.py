@@ -6,6 +6,7 @@ from PIL import Image
 
 from llava_scale.errors import ConfigError, SampleError
 from llava_scale.serving.engine import Engine, GenerationRequest, choose_device, load_engine
+from llava_scale.serving.sampling import Sampling
 from llava_scale.types import Turn
 
 
@@ -84,14 +85,11 @@ def test_pictures_come_as_bytes_paths_and_pillow_images(engine, png, tmp_path):
 
 
 def test_an_answer_ends_where_training_ended_answers(engine, requests, monkeypatch):
-    answer_ids = []
-    monkeypatch.setattr(engine, "_decode", lambda ids: answer_ids.append(list(ids)) or "x")
-    engine.generate(requests[:1], max_new_tokens=6)
-    middle = answer_ids[0][3]
-    first = answer_ids[0].index(middle)
-    monkeypatch.setattr(engine, "_end_ids", (middle,))
-    engine.generate(requests[:1], max_new_tokens=6)
-    assert answer_ids[1] == answer_ids[0][:first]
+    ids = list(engine.tokens(engine.answer(engine.prompt(requests[0], 6), 6, Sampling())))
+    assert engine._end_ids == tuple(engine.processor.chat_encoder.eos_ids)
+    monkeypatch.setattr(engine, "_end_ids", (ids[3],))
+    ended = list(engine.tokens(engine.answer(engine.prompt(requests[0], 6), 6, Sampling())))
+    assert ended == ids[: ids.index(ids[3])]
 
 
 def test_streamed_pieces_are_the_answer(engine, requests):
@@ -113,7 +111,7 @@ def test_a_stream_that_is_closed_stops_the_work(engine):
 
 
 def test_an_error_while_streaming_reaches_the_reader(engine, monkeypatch):
-    monkeypatch.setattr(engine.model, "generate", lambda **_: 1 / 0)
+    monkeypatch.setattr(engine.model, "logits", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(engine.stream(ask("hello")))
 
