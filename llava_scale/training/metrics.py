@@ -130,7 +130,8 @@ class Meter:
         """Return the log's line after ``step`` steps and begin the next one. Waits for the device and all ranks.
 
         Counts are since the start of the run; ``loss`` (nats a supervised token), rates and shares are over the
-        steps since the last line. ``removed`` is the share of the visual tokens that compression took away.
+        steps since the last line. ``visual_before_per_sample`` and ``visual_per_sample`` are visual tokens of a sample
+        before and after compression, ``removed`` the share that it took away.
         """
         loss_sum, loss_tokens = self._loss.tolist()
         now = self.everywhere()
@@ -153,6 +154,8 @@ class Meter:
             "text_tokens": now.text_tokens,
             "visual_tokens": now.visual_tokens,
             "visual_tokens_before": now.visual_tokens_before,
+            "visual_before_per_sample": _rate(window.visual_tokens_before, window.samples),
+            "visual_per_sample": _rate(window.visual_tokens, window.samples),
             "removed": _share(window.visual_tokens_before - window.visual_tokens, window.visual_tokens_before),
             "supervised_tokens": now.supervised_tokens,
             "skipped": now.skipped,
@@ -206,8 +209,8 @@ def memory_gib(device: torch.device) -> float:
     return float(peak) / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def _rate(amount: float, seconds: float) -> float:
-    return round(amount / seconds, 2) if seconds > 0 else 0.0
+def _rate(amount: float, per: float) -> float:
+    return round(amount / per, 2) if per > 0 else 0.0
 
 
 def _share(part: float, whole: float) -> float:

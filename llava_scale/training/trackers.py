@@ -225,7 +225,10 @@ def _mfu_text(line: dict[str, Any]) -> str:
 
 
 def _removed_text(line: dict[str, Any]) -> str:
-    return f"visual tokens -{line['removed']:.0%}  " if line.get("removed") else ""
+    if not line.get("removed"):
+        return ""
+    before, after = line["visual_before_per_sample"], line["visual_per_sample"]
+    return f"visual tokens a sample {before:,.0f} to {after:,.0f} (-{line['removed']:.0%})  "
 
 
 def _number(value: Any) -> str:

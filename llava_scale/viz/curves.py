@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from llava_scale.errors import MissingExtraError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 COLOURS = ("#2563eb", "#e0662b", "#129070", "#a13fc0", "#c31d4b", "#7a6a12", "#0e8fb3", "#6b6f76")
 """Colour of the first, second, ... run; told apart by readers with any colour vision, on white."""
 
+_OF_COMPRESSION = ("removed", "visual_per_sample")  # of no interest where all tokens stay
 _STYLES = ("-", "--", ":", "-.")
 _SMOOTH_FROM = 40
 _COUNTS = ("eval/tokens", "eval/samples", "eval/seconds")  # of the evaluation itself, no scores
@@ -32,6 +34,7 @@ class Panel:
         unit: What the y axis counts.
         smooth: Draw a smoothed line over the faint raw one.
         from_zero: The y axis begins at zero, so that heights compare.
+        also: Second key of the log, drawn dotted in the run's colour.
     """
 
     key: str
@@ -39,6 +42,7 @@ class Panel:
     unit: str
     smooth: bool = False
     from_zero: bool = True
+    also: str = ""
 
 
 PANELS = (
@@ -47,6 +51,14 @@ PANELS = (
     Panel(key="lr", title="Learning rate", unit="peak of all groups"),
     Panel(key="tokens_per_s", title="Tokens per second", unit="text and media tokens", smooth=True),
     Panel(key="samples_per_s", title="Samples per second", unit="samples", smooth=True),
+    Panel(key="seconds", title="Runtime", unit="seconds in training steps"),
+    Panel(
+        key="visual_per_sample",
+        title="Visual tokens of a sample",
+        unit="after compression; dotted: before it",
+        also="visual_before_per_sample",
+    ),
+    Panel(key="removed", title="Compression in force", unit="share of the visual tokens that is taken away"),
     Panel(key="grad_norm", title="Gradient norm", unit="before clipping", smooth=True),
     Panel(key="data_wait", title="Waiting for data", unit="share of the time"),
 )
@@ -56,6 +68,8 @@ PANELS = (
 def panels_of(runs: Sequence[RunRecord]) -> list[Panel]:
     """Return the diagrams for which at least one run has points."""
     logged = {key: None for run in runs for key, points in run.curves.items() if points}
+    if not any(value for run in runs for _, value in run.curves.get("removed", [])):
+        logged = {key: None for key in logged if key not in _OF_COMPRESSION}
     known = {panel.key for panel in PANELS}
     scores = [
         Panel(key=key, title=f"Held-out {key.removeprefix('eval/').replace('_', ' ')}", unit="score")
@@ -118,6 +132,8 @@ def _draw(axes: Any, panel: Panel, runs: Sequence[RunRecord]) -> None:
             *zip(*line, strict=True), color=colour, linestyle=style, marker=marker, markersize=3, linewidth=1.7,
             label=run.name,
         )  # fmt: skip
+        if also := run.curves.get(panel.also):
+            axes.plot(*zip(*also, strict=True), color=colour, linestyle=":", linewidth=1.1, alpha=0.8)
         drawn.append(points)
     _dress(axes, panel, drawn)
 
@@ -148,6 +164,44 @@ def _cut_first_peak(axes: Any, drawn: list[Points]) -> None:
     span = max(later) - min(later)
     if span > 0 and max(every) > max(later) + span:
         axes.set_ylim(min(later) - 0.05 * span, max(later) + 0.35 * span)
+
+
+def draw_bars(runs: Sequence[RunRecord]) -> bytes | None:
+    """PNG of runtime, samples a second and visual tokens of a sample as one bar a run; None where nothing is known.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    known = [(title, values) for title, values in _totals(runs) if any(values)]
+    if not known:
+        return None
+    figure = new_figure(11.2, 0.9 + 0.32 * len(runs))
+    for axes, (title, values) in zip(figure.subplots(1, len(known), squeeze=False)[0], known, strict=True):
+        places = range(len(runs))
+        axes.barh(places, values, color=[COLOURS[i % len(COLOURS)] for i in places], height=0.66)
+        for place, value in zip(places, values, strict=True):
+            axes.text(value, place, f" {value:,.0f}" if value >= 10 else f" {value:.2g}", va="center", fontsize=8.5)
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color="#1b1f24")
+        axes.set_yticks(
+            places, [run.name for run in runs] if axes.get_subplotspec().is_first_col() else [""] * len(runs)
+        )
+        axes.invert_yaxis()
+        axes.set_xticks([])
+        axes.margins(x=0.22)
+        axes.tick_params(labelsize=8.5, colors="#3d4550", length=0)
+        for side in ("top", "right", "bottom"):
+            axes.spines[side].set_visible(False)
+    return to_png(figure)
+
+
+def _totals(runs: Sequence[RunRecord]) -> list[tuple[str, list[float]]]:
+    speed = [median([value for _, value in run.curves.get("samples_per_s", [])] or [0.0]) for run in runs]
+    tokens = [run.curves["visual_per_sample"][-1][1] if run.curves.get("visual_per_sample") else 0.0 for run in runs]
+    return [
+        ("Runtime in seconds", [float(run.last.get("seconds", 0.0)) for run in runs]),
+        ("Samples per second", speed),
+        ("Visual tokens of a sample, at the end", tokens),
+    ]
 
 
 def new_figure(width: float, height: float) -> Any:

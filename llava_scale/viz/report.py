@@ -8,8 +8,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from llava_scale.errors import ConfigError
-from llava_scale.viz.curves import COLOURS, draw_overview, draw_panel, panels_of
-from llava_scale.viz.page import dot, duration, number, page, picture, section, text
+from llava_scale.viz.curves import COLOURS, draw_bars, draw_overview, draw_panel, panels_of
+from llava_scale.viz.page import dot, duration, number, page, percent, picture, section, text
 from llava_scale.viz.runs import differing_settings, distinct_names, read_run
 from llava_scale.viz.scores import answers_section, results_of, scores_section, tile, tiles
 
@@ -24,7 +24,8 @@ def write_report(runs: Sequence[str | Path | RunRecord], out: str | Path, *, tit
 
     Args:
         runs: Run folders, or records from :func:`llava_scale.viz.runs.read_run`; colours follow this order.
-        out: Folder for ``report.html``, ``curves.png`` (all diagrams) and ``curve-<key>.png`` (each one).
+        out: Folder for ``report.html``, ``curves.png`` (all diagrams), ``curve-<key>.png`` (each one) and, of several
+            runs, ``runs.png`` (runtime, speed and tokens as bars).
         title: Heading; the run's name, or ``N runs``, if empty.
 
     Returns:
@@ -44,6 +45,7 @@ def write_report(runs: Sequence[str | Path | RunRecord], out: str | Path, *, tit
         charts = _write_curves(records, folder)
         body = [
             _glance(records),
+            _side_by_side(records, folder),
             scores_section([(run.name, results_of(run)) for run in records]),
             charts,
             _settings(records),
@@ -83,24 +85,77 @@ def _glance(runs: list[RunRecord]) -> str:
     return section("At a glance", f'<div class="grid" style="--min:{width}">{"".join(cards)}</div>')
 
 
+def _side_by_side(runs: list[RunRecord], folder: Path) -> str:
+    """Table and bars of what the runs cost and gave, each against the first."""
+    if len(runs) < 2:
+        return ""
+    head = ("run", "training loss", "held-out loss", "runtime", "samples/s", "against the first", "visual tokens of a "
+            "sample", "taken away")  # fmt: skip
+    first = _median(runs[0], "samples_per_s")
+    rows = []
+    for i, run in enumerate(runs):
+        speed = _median(run, "samples_per_s")
+        cells = (
+            f"{dot(COLOURS[i % len(COLOURS)])}{text(run.name)}",
+            number(_tail_loss(run), digits=4),
+            number(results_of(run).get("loss") or _last(run, "eval/loss"), digits=4),
+            duration(run.last["seconds"]) if "seconds" in run.last else "–",
+            number(speed),
+            f"{speed / first:.2f}×" if first and speed else "–",
+            _tokens(run),
+            percent(_last(run, "removed") or 0.0),
+        )
+        rows.append("".join(f"<td>{cell}</td>" for cell in cells))
+    table = "".join(f"<tr>{row}</tr>" for row in ("".join(f"<th>{text(name)}</th>" for name in head), *rows))
+    bars = draw_bars(runs)
+    shown = ""
+    if bars is not None:
+        (folder / "runs.png").write_bytes(bars)
+        shown = f'<figure class="card">{picture(bars, mime="image/png", alt="Runtime, speed and tokens")}</figure>'
+    return section("Side by side", f'<div class="card scroll"><table>{table}</table></div>{shown}')
+
+
+def _tokens(run: RunRecord) -> str:
+    before, after = _last(run, "visual_before_per_sample"), _last(run, "visual_per_sample")
+    if before is None or after is None:
+        return "–"
+    return number(after) if before == after else f"{number(before)} to {number(after)}"
+
+
+def _last(run: RunRecord, key: str) -> float | None:
+    points = run.curves.get(key)
+    return points[-1][1] if points else None
+
+
+def _median(run: RunRecord, key: str) -> float | None:
+    values = [value for _, value in run.curves.get(key, [])]
+    return median(values) if values else None
+
+
+def _tail_loss(run: RunRecord) -> float | None:
+    """Mean of the last tenth of the training losses."""
+    losses = run.curves.get("loss", [])
+    tail = [value for _, value in losses[-max(1, len(losses) // 10) :]]
+    return sum(tail) / len(tail) if tail else None
+
+
 def _training(run: RunRecord) -> str:
     """What the log says about a run, as tiles."""
     if not run.last:
         return ""
     shown = [tile("steps", number(run.last["step"]))]
-    losses = run.curves.get("loss", [])
-    if losses:
-        tail = [value for _, value in losses[-max(1, len(losses) // 10) :]]
-        shown.append(tile("training loss", number(sum(tail) / len(tail), digits=4), "mean of the last tenth"))
+    loss = _tail_loss(run)
+    if loss is not None:
+        shown.append(tile("training loss", number(loss, digits=4), "mean of the last tenth"))
     if not results_of(run).get("loss") and run.curves.get("eval/loss"):
         shown.append(tile("held-out loss", number(run.curves["eval/loss"][-1][1], digits=4), "last in the log"))
     for key, label in (("samples", "samples seen"), ("skipped", "samples skipped")):
         if key in run.last:
             shown.append(tile(label, number(run.last[key])))
     for key, label in (("tokens_per_s", "tokens/s"), ("samples_per_s", "samples/s")):
-        values = [value for _, value in run.curves.get(key, [])]
-        if values:
-            shown.append(tile(label, number(median(values)), "median"))
+        value = _median(run, key)
+        if value is not None:
+            shown.append(tile(label, number(value), "median"))
     if "seconds" in run.last:
         shown.append(tile("time in training", duration(run.last["seconds"])))
     return "".join(shown)

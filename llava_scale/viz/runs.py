@@ -115,12 +115,21 @@ def _read_log(path: Path) -> tuple[dict[str, Points], dict[str, Any]]:
     last: dict[str, Any] = {}
     for line in read_lines(path):
         if "loss" in line:
-            last = line
+            line, last = {**_tokens_of_a_sample(line, last), **line}, line
         for key, value in line.items():
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if key != "step" and is_number and math.isfinite(value):
                 curves.setdefault(key, []).append((line["step"], float(value)))
     return curves, last
+
+
+def _tokens_of_a_sample(line: dict[str, Any], before: dict[str, Any]) -> dict[str, float]:
+    """Visual tokens of a sample before and after compression since the line before, for logs that only count them."""
+    samples = line.get("samples", 0) - before.get("samples", 0)
+    if samples <= 0 or "visual_tokens_before" not in line:
+        return {}
+    names = {"visual_per_sample": "visual_tokens", "visual_before_per_sample": "visual_tokens_before"}
+    return {name: (line[count] - before.get(count, 0)) / samples for name, count in names.items()}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

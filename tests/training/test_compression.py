@@ -38,8 +38,9 @@ def test_the_log_shows_the_ramp_and_the_rows_hold_what_it_leaves(make_config):
     assert removed[-1] == pytest.approx(4 / 9, abs=1e-3)  # 5 of 9 tokens are left
     last = lines[-1]
     assert 0 < last["visual_tokens"] < last["visual_tokens_before"]
+    assert last["visual_per_sample"] / last["visual_before_per_sample"] == pytest.approx(5 / 9, abs=1e-2)
     assert last["visual_tokens_before"] % 9 == 0
-    assert "visual tokens -44%" in _training_text(last)
+    assert " to 5 (-44%)" in _training_text(last)
     assert "visual tokens" not in _training_text(lines[0])
 
 

@@ -14,7 +14,9 @@ def score(correct: int, total: int) -> dict[str, float]:
     return {"value": value, "low": value * 0.95, "high": min(1.0, value * 1.04), "correct": correct, "total": total}
 
 
-def _write_run(folder: Path, *, name: str, lr: float = 1e-3, steps: int = 200, speed: float = 100.0) -> Path:
+def _write_run(
+    folder: Path, *, name: str, lr: float = 1e-3, steps: int = 200, speed: float = 100.0, removed: float = 0.0
+) -> Path:
     """A run folder as training writes it, with ``steps`` log lines of a falling loss."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(f"name: {name}\nseed: 0\ntrain:\n  learning_rate: {lr}\n  steps: {steps}\n")
@@ -23,7 +25,8 @@ def _write_run(folder: Path, *, name: str, lr: float = 1e-3, steps: int = 200, s
         loss = 4.0 * math.exp(-i / 40) + 0.3 + 0.08 * math.sin(i * 7.3)
         line = {"step": 10 * i, "loss": loss, "lr": lr * (1 - i / steps), "grad_norm": 1 + math.sin(i) ** 2}
         line |= {"tokens_per_s": speed * 40 + 300 * math.sin(i), "samples_per_s": speed + 8 * math.cos(i)}
-        line |= {"data_wait": 0.02, "samples": 160 * i, "skipped": 0, "seconds": 1.2 * i}
+        line |= {"visual_tokens_before": 160 * 64 * i, "visual_tokens": round(160 * 64 * (1 - removed)) * i}
+        line |= {"removed": removed, "data_wait": 0.02, "samples": 160 * i, "skipped": 0, "seconds": 1.2 * i}
         lines.append(line)
         if i % 50 == 0:
             lines.append({"step": 10 * i, "eval/loss": loss + 0.1, "eval/exact_match": 1 - math.exp(-i / 60)})

@@ -29,6 +29,20 @@ def test_nothing_is_loaded_from_elsewhere(run_folder, tmp_path):
     assert "<script" not in content
 
 
+def test_several_runs_stand_side_by_side_with_tokens_before_and_after(run_folder, tmp_path, make_run):
+    other = make_run(tmp_path / "b", name="halved", speed=160.0, removed=0.5)
+    content = write_report([run_folder, other], tmp_path / "out").read_text()
+    assert "Side by side" in content
+    assert re.search(r"<td>1\.(59|60|61)×</td>", content)
+    assert "<td>64 to 32</td><td>50\xa0%</td>" in content
+    assert "<td>64</td><td>0\xa0%</td>" in content
+    for name in ("runs", "curve-visual_per_sample", "curve-removed", "curve-seconds", "curve-loss"):
+        assert (tmp_path / "out" / f"{name}.png").is_file()
+    alone = write_report([run_folder], tmp_path / "alone").read_text()
+    assert "Side by side" not in alone
+    assert not (tmp_path / "alone" / "curve-removed.png").exists()  # all tokens stay
+
+
 def test_several_runs_are_compared_by_their_differing_settings(run_folder, tmp_path, make_run):
     other = make_run(tmp_path / "b", name="faster", lr=2e-3)
     content = write_report([run_folder, other], tmp_path / "out", title="Two rates").read_text()
