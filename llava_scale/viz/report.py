@@ -111,7 +111,8 @@ def _side_by_side(runs: list[RunRecord], folder: Path) -> str:
     shown = ""
     if bars is not None:
         (folder / "runs.png").write_bytes(bars)
-        shown = f'<figure class="card">{picture(bars, mime="image/png", alt="Runtime, speed and tokens")}</figure>'
+        image = picture(bars, mime="image/png", alt="Runtime, speed and tokens")
+        shown = f'<figure class="card" style="margin-top:16px">{image}</figure>'
     return section("Side by side", f'<div class="card scroll"><table>{table}</table></div>{shown}')
 
 

@@ -1,0 +1,158 @@
+"""Tables and figures of the study of compressors, from the folders of its runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from common import table
+from study_questions import GROUPS
+
+from llava_scale.viz.curves import COLOURS, Panel, draw_overview, new_figure, to_png
+from llava_scale.viz.runs import read_run
+
+SHOWN_CURVES = (
+    "base",
+    "merge_r25",
+    "merge_r50",
+    "merge_r50_no_ramp",
+    "original_r50",
+    "original_r50_no_ramp",
+    "qformer",
+)
+"""The original's runs, as its figures have them."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Results of one run over its seeds.
+
+    Attributes:
+        name: As in ``configs/study``.
+        results: ``result.json`` of each seed.
+        folders: Of each seed.
+    """
+
+    name: str
+    results: list[dict[str, Any]]
+    folders: list[Path]
+
+    def mean(self, key: str) -> float:
+        """Mean over the seeds."""
+        return mean(result[key] for result in self.results)
+
+    def spread(self, key: str) -> str:
+        """``mean (lowest to highest)``."""
+        values = [result[key] for result in self.results]
+        shown = f"{mean(values):.3f}"
+        return shown if len(values) == 1 else f"{shown} ({min(values):.3f} to {max(values):.3f})"
+
+    def share(self, tasks: list[str]) -> tuple[int, int]:
+        """Right answers and questions of some tasks, over all seeds."""
+        counts = [result["tasks"][task] for result in self.results for task in tasks]
+        return sum(right for right, _ in counts), sum(total for _, total in counts)
+
+
+def read_study(folder: Path) -> list[Run]:
+    """Runs that have been finished with at least one seed, in the order of the tokens that they leave."""
+    names: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("seed*/*/result.json")):
+        names.setdefault(path.parent.name, []).append(path.parent)
+    runs = [
+        Run(name, [json.loads((path / "result.json").read_text()) for path in paths], paths)
+        for name, paths in names.items()
+    ]
+    return sorted(runs, key=lambda run: (-run.mean("tokens"), run.mean("loss")))
+
+
+def table_of(runs: list[Run]) -> str:
+    """Markdown table of a study."""
+    base = next((run for run in runs if run.name == "base"), None)
+    asked = "tasks" in runs[0].results[0]
+    scores = [*GROUPS, "all questions"] if asked else ["caption first", "among five"]
+    header = ["run", "tokens", "held-out loss", "against base", *scores, "samples/s against base", "seeds"]
+    lines = []
+    for run in runs:
+        against = f"{run.mean('loss') - base.mean('loss'):+.3f}" if base else ""
+        speed = f"{run.mean('samples_per_s') / base.mean('samples_per_s'):.2f}" if base else ""
+        shown = _scores(run) if asked else [f"{run.mean('top1'):.1%}", f"{run.mean('top5'):.1%}"]
+        lines.append(
+            [run.name, f"{run.mean('tokens'):.0f}", run.spread("loss"), against, *shown, speed, f"{len(run.results)}"]
+        )
+    return table(header, lines)
+
+
+def _scores(run: Run) -> list[str]:
+    shares = [run.share(list(tasks)) for tasks in GROUPS.values()]
+    shares.append(run.share([task for tasks in GROUPS.values() for task in tasks]))
+    return [f"{right / total:.1%}" for right, total in shares]
+
+
+def task_table(runs: list[Run]) -> str:
+    """Markdown table of each task."""
+    tasks = [task for group in GROUPS.values() for task in group]
+    lines = []
+    for run in runs:
+        shares = [run.share([task]) for task in tasks]
+        lines.append([run.name, *(f"{right / total:.0%}" for right, total in shares)])
+    return table(["run", *tasks], lines)
+
+
+def draw_losses(runs: list[Run], title: str) -> bytes:
+    """PNG: held-out loss over the tokens that are left; a dot for each seed, a name at their mean."""
+    figure = new_figure(8.6, 5.6)
+    axes = figure.add_subplot()
+    counts = sorted({run.mean("tokens") for run in runs}, reverse=True)
+    for number, count in enumerate(counts):
+        group = sorted((run for run in runs if run.mean("tokens") == count), key=lambda run: run.mean("loss"))
+        for place, run in enumerate(group):
+            x = number + (place - (len(group) - 1) / 2) * min(0.8 / max(len(group), 1), 0.16)
+            colour = _colour(run.name)
+            losses = [result["loss"] for result in run.results]
+            axes.plot([x] * len(losses), losses, "-o", color=colour, markersize=3.5, linewidth=1.2)
+            axes.annotate(run.name, (x, max(losses)), rotation=90, fontsize=6.5, color=colour, ha="center", va="bottom",
+                          xytext=(0, 4), textcoords="offset points")  # fmt: skip
+    axes.set_xticks(range(len(counts)), [f"{count:.0f} tokens" for count in counts], fontsize=8)
+    axes.set_title(title, loc="left", fontsize=10, color="#1b1f24")
+    axes.set_ylabel("held-out loss, nats a supervised token", fontsize=8, color="#5b6472")
+    axes.margins(y=0.18)
+    axes.grid(axis="y", color="#e6e8ec", linewidth=0.8)
+    axes.tick_params(labelsize=8, length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    return to_png(figure)
+
+
+def _colour(name: str) -> str:
+    kinds = ("base", "merge", "original", "qformer", "random", "uniform", "image")
+    return next((COLOURS[place] for place, kind in enumerate(kinds) if name.startswith(kind)), COLOURS[7])
+
+
+def draw_curves(runs: list[Run]) -> bytes:
+    """PNG: training loss, speed and visual tokens of the original's runs, first seed."""
+    by_name = {run.name: run for run in runs}
+    records = [read_run(by_name[name].folders[0], name=name) for name in SHOWN_CURVES if name in by_name]
+    panels = [
+        Panel(key="loss", title="Training loss", unit="nats per supervised token", smooth=True, from_zero=False),
+        Panel(key="samples_per_s", title="Samples per second", unit="samples", smooth=True),
+    ]
+    return draw_overview(panels, records)
+
+
+def write_results(runs_folder: Path, results: Path) -> None:
+    """Write tables and figures of every study in ``runs_folder`` into ``results``, and print the tables."""
+    results.mkdir(parents=True, exist_ok=True)
+    for name, title in (("synthetic", "Synthetic pictures"), ("tuxpaint", "Tux Paint's stamps")):
+        runs = read_study(runs_folder / name)
+        if not runs:
+            continue
+        text = f"{table_of(runs)}\n"
+        if "tasks" in runs[0].results[0]:
+            text += f"\n{task_table(runs)}\n"
+        (results / f"compression-{name}.md").write_text(text)
+        (results / f"compression-{name}.png").write_bytes(draw_losses(runs, title))
+        (results / f"compression-{name}-curves.png").write_bytes(draw_curves(runs))
+        print(f"{title}\n\n{text}")

@@ -1,0 +1,120 @@
+"""The study of compressors: its runs are what their names say, on equal samples, and can be stopped."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from llava_scale.compressors import token_count
+from llava_scale.config import load_config
+
+ROOT = Path(__file__).parents[2]
+STUDY = ROOT / "configs" / "study"
+SIDES = {"synthetic": 6, "tuxpaint": 7}
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples" / "tuxpaint")]
+
+
+def runs(study):
+    settings = yaml.safe_load((STUDY / f"{study}_runs.yaml").read_text())
+    return {name: load_config(STUDY / f"{study}.yaml", overrides) for name, overrides in settings.items()}
+
+
+def tokens_of(config, study):
+    side = SIDES[study]
+    if study == "synthetic":
+        side = side * config.model.image_size // 144
+    else:
+        side = side * config.model.vision_tower_kwargs["image_size"] // 224
+    section = config.model.compressor
+    return side * side if section is None else token_count(section, num_blocks=2).num_tokens((1, side, side), None)
+
+
+@pytest.mark.parametrize("study", list(SIDES))
+def test_runs_that_are_compared_leave_equally_many_tokens(study):
+    counts = defaultdict(set)
+    for name, config in runs(study).items():
+        counts[tokens_of(config, study)].add(name)
+    half, few = (18, 9) if study == "synthetic" else (25, 16)
+    assert {"merge_r50", "merge_r50_no_ramp", "original_r50", "drop_r50", "random_r50", "uniform_r50"} <= counts[half]
+    last = "r75" if study == "synthetic" else "r68"
+    assert {
+        "qformer",
+        "pixel_shuffle",
+        "stc",
+        *(f"{kind}_{last}" for kind in ("merge", "random", "uniform", "image")),
+    } <= (counts[few])
+    assert counts[SIDES[study] ** 2] == {"base"}
+
+
+@pytest.mark.parametrize("study", list(SIDES))
+def test_runs_differ_in_the_model_alone(study):
+    found = runs(study)
+    base = found["base"]
+    for name, config in found.items():
+        assert config.data == base.data, name
+        same = (config.train.steps, config.train.learning_rate, config.train.stage)
+        assert same == (base.train.steps, base.train.learning_rate, "align"), name
+
+
+def test_questions_are_of_the_kind_that_their_task_names(tmp_path):
+    from study_questions import GROUPS, suits, write_questions
+
+    records = json.loads(write_questions(tmp_path, per_task=2).read_text())
+    tasks = [task for group in GROUPS.values() for task in group]
+    assert sorted(record["task"] for record in records) == sorted(2 * tasks)
+    assert all((tmp_path / record["image"]).is_file() for record in records)
+    again = json.loads(write_questions(tmp_path, per_task=2).read_text())
+    assert again == records
+    from llava_scale.data.toy.scenes import Thing
+
+    small, large = Thing("red", "ring", "small", 0), Thing("blue", "ring", "large", 1)
+    assert suits("color of a small thing", (small, small))
+    assert not suits("color of a small thing", (small, large))
+    assert not suits("shape of one of three", (small, large))
+
+
+def test_the_remembering_tower_gives_the_towers_features_and_computes_them_once(tmp_path, monkeypatch):
+    from efficientnet_tower import EfficientNetLite0
+    from remembering_tower import RememberingTower
+
+    torch.manual_seed(0)
+    tower = RememberingTower(memory=str(tmp_path), image_size=64)
+    pictures = torch.randn(3, 3, 64, 64)
+    wanted = EfficientNetLite0.forward(tower, pictures).detach()
+    assert torch.equal(tower(pictures[[0, 1, 0]]), wanted[[0, 1, 0]].half().float())
+    (tmp_path / "64.keys").open("ab").write(b"half a key")  # as a run that was killed leaves it
+    again = RememberingTower(memory=str(tmp_path), image_size=64)
+    again.load_state_dict(tower.state_dict())
+    assert torch.equal(again(pictures), wanted.half().float())
+    assert (tmp_path / "64.keys").stat().st_size == 3 * 16
+
+    monkeypatch.setattr(EfficientNetLite0, "forward", None)
+    assert torch.equal(RememberingTower(memory=str(tmp_path), image_size=64)(pictures), wanted.half().float())
+
+
+@pytest.mark.slow
+def test_the_study_keeps_finished_runs_and_writes_its_tables(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    import study_compression
+
+    few = ["--out", str(tmp_path), "--samples", "60", "--questions", "1", "--parts-steps", "2", "--steps", "2"]
+    names = ["base", "merge_r50", "original_r50", "qformer", "image_r75", "stc"]
+    monkeypatch.setattr(sys, "argv", ["study", "synthetic", *few, "--only", *names])
+    study_compression.main()
+    assert capsys.readouterr().out.count(" s\n") == 2 * len(names)
+    study_compression.main()
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(sys, "argv", ["study", "table", "--out", str(tmp_path), "--results", str(tmp_path / "results")])
+    study_compression.main()
+    table = (tmp_path / "results" / "compression-synthetic.md").read_text()
+    assert all(f"| {name} |" in table for name in names)
+    assert (tmp_path / "results" / "compression-synthetic.png").is_file()
+    logs = [json.loads(line) for line in (tmp_path / "synthetic/seed0/base/log.jsonl").read_text().splitlines()]
+    others = (tmp_path / "synthetic/seed0/qformer/log.jsonl").read_text().splitlines()
+    assert logs[0]["supervised_tokens"] == json.loads(others[0])["supervised_tokens"]  # the same samples
