@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +27,7 @@ Grid = tuple[int, int, int]
 """Tokens of one medium before compression: frames, rows, columns. Sound is ``(1, 1, n)``."""
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """One message of a conversation; placeholders stand in ``text``."""
 
     role: Role

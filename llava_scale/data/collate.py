@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 IntArray = NDArray[np.int64]
 MediaTransform = Callable[[bytes], Tensor]
-"""Encoded file -> picture uint8 ``(3, H, W)``, video uint8 ``(F, 3, H, W)``, or sound."""
+"""Encoded file -> picture uint8 ``(3, H, W)``, video uint8 ``(F, 3, H, W)``, or sound.
+
+A transform of pictures that has an attribute ``shape`` also takes a tensor of that shape to write into.
+"""
 
 _PLACEHOLDER = re.compile("|".join(map(re.escape, PLACEHOLDERS.values())))
 _ALIGNMENT_TOKENS = 2  # of a row without samples; one would leave nothing to predict
@@ -127,7 +130,7 @@ class RowBuilder:
         encoded = self.encoder.encode(sample.turns)
         ids = np.asarray(encoded.input_ids, dtype=np.int64)
         labels = np.where(np.asarray(encoded.supervised, dtype=bool), ids, IGNORE_INDEX)
-        marker_pos, tokens = self._expansion(sample, ids, infos, step)
+        marker_pos, tokens = self._expansion(sample, encoded.input_ids, infos, step)
         self._check_plan(planned, sample, len(ids) - len(marker_pos))
         labels[marker_pos] = IGNORE_INDEX
         repeats = np.ones(len(ids), dtype=np.int64)
@@ -151,13 +154,16 @@ class RowBuilder:
         return [next(read[planned.source]) for planned in members]
 
     def _expansion(
-        self, sample: Sample, ids: IntArray, infos: Sequence[MediaInfo], step: int | None
+        self, sample: Sample, ids: list[int], infos: Sequence[MediaInfo], step: int | None
     ) -> tuple[IntArray, list[tuple[MediaKind, MediaTokens]]]:
         """Positions of the placeholders in ``ids``, and kind and tokens of the medium behind each."""
         markers: list[tuple[int, MediaInfo]] = []
         for kind, marker in self.encoder.placeholder_ids.items():
             of_kind = [info for info in infos if info.kind == kind]
-            positions = np.flatnonzero(ids == marker).tolist()
+            found = ids.count(marker)
+            if not (found or of_kind):
+                continue
+            positions = [place for place, token in enumerate(ids) if token == marker] if found else []
             if len(positions) != len(of_kind):
                 count = f"{len(positions)} placeholder tokens for {len(of_kind)} media of kind {kind}"
                 raise _error(sample, f"its text has {count}")
@@ -176,7 +182,7 @@ class RowBuilder:
             try:
                 if kind == "image":
                     for _, data in files:
-                        pictures.add(transform(data))
+                        pictures.add(transform, data)
                 else:
                     decoded[kind] = [transform(data) for _, data in files]
             except SampleError as error:
@@ -231,19 +237,28 @@ class PictureBlock:
         self._block: Tensor | None = None
         self.size = 0
 
-    def add(self, picture: Tensor) -> None:
-        """Copy a picture ``(3, H, W)`` into the next place.
+    def add(self, transform: MediaTransform, data: bytes) -> None:
+        """Make a picture of an encoded file, in the next place.
 
         Raises:
+            SampleError: from ``transform``.
             ShapeError: if it differs in shape from those before it.
         """
-        if self._block is None:
-            height, width = picture.shape[1:]
-            self._block = torch.empty((self._capacity, height, width, 3), dtype=picture.dtype).permute(0, 3, 1, 2)
-        if picture.shape != self._block.shape[1:]:
-            raise ShapeError(_different_shapes("pictures", [self._block[0], picture]))
-        self._block[self.size].copy_(picture)
+        shape: tuple[int, int, int] | None = getattr(transform, "shape", None)
+        if shape is not None and (self._block is None or self._block.shape[1:] == shape):
+            transform(data, self._place(shape, torch.uint8))  # type: ignore[call-arg]
+        else:
+            picture = transform(data)
+            self._place(tuple(picture.shape), picture.dtype).copy_(picture)
         self.size += 1
+
+    def _place(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self._block is None:
+            channels, height, width = shape
+            self._block = torch.empty((self._capacity, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
+        if self._block.shape[1:] != shape:
+            raise ShapeError(_different_shapes("pictures", [tuple(self._block.shape[1:]), tuple(shape)]))
+        return self._block[self.size]
 
     def tensor(self) -> Tensor | None:
         """All pictures, ``(I, 3, H, W)``; None without any."""
@@ -330,14 +345,13 @@ def _joined(join: Callable[[list[Tensor]], Any], tensors: list[Tensor], name: st
     try:
         joined = join(tensors)
     except RuntimeError:
-        raise ShapeError(_different_shapes(name, tensors)) from None
+        raise ShapeError(_different_shapes(name, [tuple(tensor.shape) for tensor in tensors])) from None
     assert isinstance(joined, Tensor)
     return joined
 
 
-def _different_shapes(name: str, tensors: Sequence[Tensor]) -> str:
-    shapes = sorted({tuple(tensor.shape) for tensor in tensors})
-    return f"the {name} of a row have different shapes {shapes}; use a transform of fixed size"
+def _different_shapes(name: str, shapes: Sequence[tuple[int, ...]]) -> str:
+    return f"the {name} of a row have different shapes {sorted(set(shapes))}; use a transform of fixed size"
 
 
 def _alignment_row(step: int | None, skipped: tuple[SkippedSample, ...]) -> PackedRow:

@@ -17,7 +17,7 @@ import zlib
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -65,8 +65,7 @@ _INFO_COLUMNS = ("kind", "width", "height", "num_frames", "duration_ms")
 _KINDS: dict[MediaKind, int] = {kind: number for number, kind in enumerate(MEDIA_KINDS)}
 
 
-@dataclass(frozen=True, slots=True)
-class MediaEntry:
+class MediaEntry(NamedTuple):
     """One stored file of a sample.
 
     Attributes:
@@ -88,8 +87,7 @@ class MediaEntry:
     info: MediaInfo
 
 
-@dataclass(frozen=True, slots=True)
-class SampleEntry:
+class SampleEntry(NamedTuple):
     """One sample of a shard: its record and its media, ordered by kind (image, video, audio), number, frame.
 
     ``json_size`` is 0 where the shard has no record for the key.
@@ -122,7 +120,10 @@ def media_order(entry: MediaEntry) -> tuple[int, int, int]:
 
 def is_framed(media: Sequence[MediaEntry]) -> bool:
     """Whether a video among ``media`` is stored as frames."""
-    return any(entry.frame != NO_FRAME for entry in media)
+    for entry in media:  # noqa: SIM110  # a generator would cost more than the few that there are
+        if entry.frame != NO_FRAME:
+            return True
+    return False
 
 
 def group_media(media: Sequence[MediaEntry]) -> list[tuple[MediaEntry, ...]]:

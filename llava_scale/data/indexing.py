@@ -6,7 +6,16 @@ import hashlib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from llava_scale.data.index import NO_TEXT, IndexBuilder, MediaEntry, SampleEntry, ShardIndex, group_media, media_order
+from llava_scale.data.index import (
+    NO_TEXT,
+    IndexBuilder,
+    MediaEntry,
+    SampleEntry,
+    ShardIndex,
+    group_media,
+    is_framed,
+    media_order,
+)
 from llava_scale.data.names import NO_FRAME, RECORD_SUFFIX, parse_suffix, split_member, unescape_key
 from llava_scale.data.records import FRAME_TIMES, load_record, parse_record, text_length
 from llava_scale.data.tarwalk import TarMember, walk_tar
@@ -62,8 +71,11 @@ def checksum(read: Callable[[int, int], bytes], size: int) -> str:
 def count_media(media: Sequence[MediaEntry]) -> dict[MediaKind, int]:
     """Return how many media of each kind ordered entries stand for; a video's stored frames count as one."""
     counts: dict[MediaKind, int] = {}
-    for entries in group_media(media):
+    for entries in group_media(media) if is_framed(media) else ():
         counts[entries[0].kind] = counts.get(entries[0].kind, 0) + 1
+    if not counts:
+        for entry in media:
+            counts[entry.kind] = counts.get(entry.kind, 0) + 1
     return counts
 
 
@@ -125,7 +137,7 @@ def _probed(entry: MediaEntry, read: Callable[[int, int], bytes]) -> MediaEntry:
         info = probe_media(entry.kind, entry.ext, read(entry.offset, entry.size))
     except SampleError:
         return entry
-    return replace(entry, info=info)
+    return entry._replace(info=info)
 
 
 def _timed(entry: MediaEntry, times: list[object]) -> MediaEntry:
@@ -134,4 +146,4 @@ def _timed(entry: MediaEntry, times: list[object]) -> MediaEntry:
     of_video = times[entry.number]
     if not isinstance(of_video, list) or not of_video or not isinstance(of_video[-1], int | float):
         return entry
-    return replace(entry, info=replace(entry.info, duration_s=max(0.0, float(of_video[-1]))))
+    return entry._replace(info=replace(entry.info, duration_s=max(0.0, float(of_video[-1]))))

@@ -99,20 +99,27 @@ def exif_orientation(exif: bytes) -> int:
     return UPRIGHT
 
 
-def decode_jpeg(data: bytes, header: JpegHeader, *, reduction: int) -> NDArray[np.uint8] | None:
+def decode_jpeg(
+    data: bytes, header: JpegHeader, *, reduction: int, into: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8] | None:
     """Pixels ``(ceil(H / reduction), ceil(W / reduction), 3)`` as stored; None where Pillow should do it.
 
     Args:
         data: The file.
         header: Of this file.
         reduction: 1, 2, 4 or 8: shrink while decoding (libjpeg's scaled inverse transform).
+        into: C-contiguous memory of the result; left in any state where None is returned.
     """
     if simplejpeg is None:
         return None
     least_height, least_width = -(-header.height // reduction), -(-header.width // reduction)
     try:
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
-            data, "RGB", min_height=least_height if reduction > 1 else 0, min_width=least_width if reduction > 1 else 0
+            data,
+            "RGB",
+            min_height=least_height if reduction > 1 else 0,
+            min_width=least_width if reduction > 1 else 0,
+            buffer=None if into is None else into.reshape(-1),
         )
     except ValueError:  # damaged, or only untidy: Pillow knows which
         return None

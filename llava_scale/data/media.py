@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.nn import functional
 
 from llava_scale.data.containers import MediaLimits, opened, packets_of, seconds, sound_end_s
-from llava_scale.data.jpeg import UPRIGHT, decode_jpeg, exif_orientation, jpeg_header
+from llava_scale.data.jpeg import UPRIGHT, JpegHeader, decode_jpeg, exif_orientation, jpeg_header
 from llava_scale.data.names import EXTENSIONS
 from llava_scale.errors import ConfigError, SampleError, ShapeError, suggest
 from llava_scale.types import MediaInfo, MediaKind
@@ -58,8 +58,8 @@ def decode_image(data: bytes, *, max_pixels: int) -> Tensor:
         SampleError: unreadable, truncated or unsupported picture, or more than ``max_pixels`` pixels (seen in the
             header, before anything is decoded; above 179 million pixels Pillow's own limit acts too).
     """
-    pixels = torch.from_numpy(_decode(data, max_pixels=max_pixels, reduction_for=lambda width, height: 1))
-    return pixels.permute(2, 0, 1)
+    pixels = _decode(data, jpeg_header(data), max_pixels=max_pixels, reduction_for=lambda width, height: 1)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def probe(ext: str, data: bytes) -> MediaInfo:
@@ -119,6 +119,11 @@ class ImageTransform:
         if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
             raise ConfigError(f"background must be three values from 0 to 255, got {self.background}")
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of every picture."""
+        return (3, self.size, self.size)
+
     def __call__(self, data: bytes, out: Tensor | None = None) -> Tensor:
         """Decode and fit one encoded picture.
 
@@ -134,8 +139,29 @@ class ImageTransform:
             SampleError: as ``decode_image``.
             ShapeError: if ``out`` has another shape or type.
         """
-        pixels = _decode(data, max_pixels=self.max_pixels, reduction_for=self.reduction)
+        header = jpeg_header(data)
+        if out is not None and header is not None and self._decode_in_place(data, header, out):
+            return out
+        pixels = _decode(data, header, max_pixels=self.max_pixels, reduction_for=self.reduction)
         return self._fit(torch.from_numpy(pixels), out)
+
+    def _decode_in_place(self, data: bytes, header: JpegHeader, out: Tensor) -> bool:
+        """Decode a JPEG that is already as wide as the square straight into ``out``; whether that was possible."""
+        size = self.size
+        fits = header.width == size and (header.height == size or (self.aspect == "pad" and header.height < size))
+        if not fits or header.orientation != UPRIGHT or out.shape != self.shape or out.dtype != torch.uint8:
+            return False
+        square = out.permute(1, 2, 0)
+        if not square.is_contiguous():
+            return False
+        _check_pixels(header.width, header.height, self.max_pixels)
+        start = (size - header.height) // 2
+        end = start + header.height
+        if decode_jpeg(data, header, reduction=1, into=square[start:end].numpy()) is None:
+            return False
+        flat = square.view(size, -1)
+        flat[:start] = flat[end:] = _background_row(self.background, size)
+        return True
 
     def from_tensor(self, pixels: Tensor, out: Tensor | None = None) -> Tensor:
         """Fit decoded pixels, uint8 ``(3, H, W)`` of any strides; otherwise as calling the transform.
@@ -217,9 +243,10 @@ def _background_row(background: tuple[int, int, int], width: int) -> Tensor:
     return torch.tensor(background, dtype=torch.uint8).repeat(width)
 
 
-def _decode(data: bytes, *, max_pixels: int, reduction_for: Callable[[int, int], int]) -> NDArray[np.uint8]:
+def _decode(
+    data: bytes, header: JpegHeader | None, *, max_pixels: int, reduction_for: Callable[[int, int], int]
+) -> NDArray[np.uint8]:
     """Upright RGB ``(H, W, 3)``, C-contiguous; ``reduction_for(width, height)`` says how far a JPEG is shrunk."""
-    header = jpeg_header(data)
     pixels = None
     orientation = UPRIGHT
     if header is not None:

@@ -1,4 +1,4 @@
-"""Media prepared for shards: pictures and frames as square JPEGs, sound as FLAC at the model's rate."""
+"""Media prepared for shards: pictures and frames as JPEGs of the model's size, sound as FLAC at the model's rate."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ class MediaOptions:
     """What happens to media on their way into a shard.
 
     Attributes:
-        image_size: Store pictures (and frames) as square JPEGs with this side; 0 copies files byte for byte.
-        image_aspect: ``pad`` keeps the whole picture on a background, ``resize`` stretches it.
+        image_size: Store pictures as JPEGs whose longer side is this, frames as squares of it; 0 copies files byte
+            for byte.
+        image_aspect: ``pad`` keeps the shape (readers pad to a square), ``resize`` stretches to a square.
         image_quality: JPEG quality of prepared pictures, 1 to 100.
         image_background: RGB colour of the padding.
         video_frames: Store this many frames of each video, from the middles of equal spans, instead of the file.
@@ -82,7 +83,7 @@ def prepare(kind: MediaKind, number: int, data: bytes, options: MediaOptions) ->
         SampleError: the file cannot be decoded.
     """
     if kind == "image" and options.image_size:
-        pixels = _image_transform(options)(data)
+        pixels = _without_bars(_image_transform(options)(data), data, options)
         return Prepared((_picture("image", number, NO_FRAME, pixels, options),))
     if kind == "video" and (options.video_frames or options.video_fps):
         return _frames(number, data, options)
@@ -108,14 +109,31 @@ def _frames(number: int, data: bytes, options: MediaOptions) -> Prepared:
     return Prepared(tuple(pictures), tuple(round(time_s, 6) for time_s in found.times_s))
 
 
+def _without_bars(pixels: Tensor, data: bytes, options: MediaOptions) -> Tensor:
+    """Cut off the padding, equally much on both sides: readers pad again, exactly and for less than decoding bars."""
+    from llava_scale.data.media import probe
+
+    info = probe("jpg", data)
+    side = options.image_size
+    if options.image_aspect != "pad" or info.width == info.height:
+        return pixels
+    axis = 1 if info.width > info.height else 2
+    background = pixels.new_tensor(options.image_background)[:, None, None]
+    is_bar = (pixels == background).all(dim=0).all(dim=2 - axis)
+    inside = (~is_bar).nonzero()
+    bars = side * (1 - min(info.width, info.height) / max(info.width, info.height)) / 2
+    first, last = (int(inside[0]), int(inside[-1])) if len(inside) else (side, -1)
+    cut = min(int(bars), first, side - 1 - last, (side - 1) // 2)
+    return pixels.narrow(axis, cut, side - 2 * cut)
+
+
 def _picture(kind: MediaKind, number: int, frame: int, pixels: Tensor, options: MediaOptions) -> NewMedia:
     from PIL import Image
 
     buffer = io.BytesIO()
     rows = pixels.permute(1, 2, 0).contiguous().numpy()
     Image.fromarray(rows).save(buffer, format="JPEG", quality=options.image_quality)
-    side = options.image_size
-    info = MediaInfo(kind=kind, width=side, height=side, num_frames=1)
+    info = MediaInfo(kind=kind, width=rows.shape[1], height=rows.shape[0], num_frames=1)
     return NewMedia(kind, "jpg", number, frame, buffer.getvalue(), info)
 
 

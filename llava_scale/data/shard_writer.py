@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tarfile
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
 from llava_scale.data.files import publish, sync, temporary_name
@@ -97,7 +97,7 @@ class ShardWriter:
             for entry in group:
                 suffix = media_suffix(kind, entry.ext, seen[kind], entry.frame, count=counts[kind])
                 offset = self._append(f"{stored}.{suffix}", next(contents).data)
-                entries.append(replace(entry, number=seen[kind], offset=offset))
+                entries.append(entry._replace(number=seen[kind], offset=offset))
             seen[kind] += 1
         offset = self._append(f"{stored}.{RECORD_SUFFIX}", record)
         described, text_chars = describe(record, entries)

@@ -139,6 +139,15 @@ class LocalStore(Store):
         return self._read_rest(name, file, offset, size, data)
 
     @override
+    def read_many(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
+        file = self._open(name)
+        found = []
+        for offset, size in ranges:
+            data = os.pread(file.number, size, offset)
+            found.append(data if len(data) == size else self._read_rest(name, file, offset, size, data))
+        return found
+
+    @override
     def read_file(self, name: str) -> bytes:
         return (Path(self.root) / name).read_bytes()
 

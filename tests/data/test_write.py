@@ -11,12 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import webdataset
 from PIL import Image
 
 from llava_scale.data.dataset import open_dataset
 from llava_scale.data.index import ShardIndex
 from llava_scale.data.indexing import build_index
+from llava_scale.data.media import ImageTransform
 from llava_scale.data.prepare import MediaOptions
 from llava_scale.data.write import pack
 from llava_scale.errors import ConfigError, ShardError
@@ -214,18 +216,46 @@ def test_any_id_comes_back_with_and_without_the_index(media, tmp_path, key):
     assert found[0]["jpg"] == picture(0)
 
 
-def test_prepared_pictures_are_small_squares_and_the_manifest_says_so(media, tmp_path):
-    (media / "wide.png").write_bytes(picture(1, (200, 100)))
-    records = [{"id": "x", "image": "wide.png", "conversations": talk()}]
+@pytest.mark.parametrize("size", [(200, 100), (90, 160), (70, 70), (300, 7)])
+def test_prepared_pictures_are_read_as_the_originals_but_for_compression(media, tmp_path, size):
+    """Stored without the padding; readers pad again, into memory of their own or into a row's."""
+    (media / "x.png").write_bytes(picture(1, size))
+    records = [{"id": "x", "image": "x.png", "conversations": talk()}]
     options = MediaOptions(image_size=32, image_background=(0, 255, 0))
     pack(write_json(tmp_path, records), tmp_path / "out", media_root=media, options=options)
     data = open_dataset(str(tmp_path / "out"))
     ((ext, stored),) = data.sample(0).media["image"]
     image = Image.open(io.BytesIO(stored))
-    assert (ext, image.format, image.size) == ("jpg", "JPEG", (32, 32))
-    assert image.getpixel((16, 1))[1] > 200  # the padding above
-    assert data.media_infos(0)[0].width == 32
+    (info,) = data.media_infos(0)
+    assert (ext, image.format, max(image.size)) == ("jpg", "JPEG", 32)
+    assert image.size == (info.width, info.height)
+    assert abs(image.width / image.height - size[0] / size[1]) < 0.2 * size[0] / size[1] or min(image.size) <= 4
+    transform = ImageTransform(32, "pad", (0, 255, 0))
+    original, again = transform((media / "x.png").read_bytes()), transform(stored)
+    into = torch.empty((32, 32, 3), dtype=torch.uint8).permute(2, 0, 1)
+    transform(stored, into)
+    assert torch.equal(into, again)
+    assert (original.int() - again.int()).abs().float().mean() < 12
     assert data.info.prepared["image_size"] == 32
+
+
+def test_prepared_pictures_stretch_where_the_model_stretches(media, tmp_path):
+    (media / "x.png").write_bytes(picture(1, (200, 100)))
+    records = [{"id": "x", "image": "x.png", "conversations": talk()}]
+    options = MediaOptions(image_size=32, image_aspect="resize")
+    pack(write_json(tmp_path, records), tmp_path / "out", media_root=media, options=options)
+    ((_, stored),) = open_dataset(str(tmp_path / "out")).sample(0).media["image"]
+    assert Image.open(io.BytesIO(stored)).size == (32, 32)
+
+
+def test_a_picture_of_the_padding_s_colour_alone_is_kept(media, tmp_path):
+    file = io.BytesIO()
+    Image.new("RGB", (200, 100), (127, 127, 127)).save(file, "PNG")
+    (media / "x.png").write_bytes(file.getvalue())
+    records = [{"id": "x", "image": "x.png", "conversations": talk()}]
+    pack(write_json(tmp_path, records), tmp_path / "out", media_root=media, options=MediaOptions(image_size=32))
+    ((_, stored),) = open_dataset(str(tmp_path / "out")).sample(0).media["image"]
+    assert Image.open(io.BytesIO(stored)).size == (32, 16)
 
 
 def test_faithful_copies_say_nothing_of_preparation(media, tmp_path):
