@@ -14,6 +14,7 @@ _COMMANDS = (
     "train",
     "estimate",
     "use",
+    "serve",
     "show",
     "eval",
     "interop",
