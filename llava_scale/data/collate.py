@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -96,12 +96,12 @@ class RowBuilder:
         samples: list[PreparedSample] = []
         outcomes: list[Outcome] = []
         members = (*plan.rejected, *plan.samples)
-        read = self._read(members)
-        pictures = PictureBlock(sum(len(s.media.get("image", ())) for s in read if not isinstance(s, SampleError)))
-        for planned, found in zip(members, read, strict=True):
+        infos = [self.datasets[planned.source].media_infos(planned.number) for planned in members]
+        pictures = PictureBlock(sum(info.kind == "image" for of_sample in infos for info in of_sample))
+        for planned, of_sample, found in zip(members, infos, self._read(members), strict=True):
             num_pictures = pictures.size
             try:
-                sample = self.prepare(planned, found, plan.step, pictures)
+                sample = self.prepare(planned, found, of_sample, plan.step, pictures)
             except SampleError as error:
                 pictures.size = num_pictures
                 outcomes.append(Outcome(planned.source, self._skipped(planned, error)))
@@ -117,7 +117,12 @@ class RowBuilder:
             self.datasets[source].prefetch(numbers)
 
     def prepare(
-        self, planned: PlannedSample, sample: Sample | SampleError, step: int | None, pictures: PictureBlock
+        self,
+        planned: PlannedSample,
+        sample: Sample | SampleError,
+        infos: Sequence[MediaInfo],
+        step: int | None,
+        pictures: PictureBlock,
     ) -> PreparedSample:
         """Tokenise the text of one sample as read, and decode its media; its pictures go to ``pictures``.
 
@@ -126,7 +131,6 @@ class RowBuilder:
         """
         if isinstance(sample, SampleError):
             raise sample
-        infos = self.datasets[planned.source].media_infos(planned.number)
         encoded = self.encoder.encode(sample.turns)
         ids = np.asarray(encoded.input_ids, dtype=np.int64)
         labels = np.where(np.asarray(encoded.supervised, dtype=bool), ids, IGNORE_INDEX)
@@ -148,10 +152,10 @@ class RowBuilder:
         media = self._decode(sample, pictures)
         return PreparedSample(sample.key, ids, labels, instruction_of(sample.turns), media, by_kind, truncated)
 
-    def _read(self, members: Sequence[PlannedSample]) -> list[Sample | SampleError]:
-        """Read samples in their order, those of one data set together."""
+    def _read(self, members: Sequence[PlannedSample]) -> Iterator[Sample | SampleError]:
+        """Yield samples in their order, those of one data set fetched together."""
         read = {source: iter(self.datasets[source].samples(numbers)) for source, numbers in _by_source(members).items()}
-        return [next(read[planned.source]) for planned in members]
+        return (next(read[planned.source]) for planned in members)
 
     def _expansion(
         self, sample: Sample, ids: list[int], infos: Sequence[MediaInfo], step: int | None

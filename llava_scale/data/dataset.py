@@ -24,7 +24,7 @@ from llava_scale.errors import SampleError, ShardError
 from llava_scale.types import MediaInfo, MediaKind, Sample, Turn
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 _LOADED_INDEXES = 256
 
@@ -144,19 +144,34 @@ class ShardedDataset:
         s, entry = self._entry(i)
         return _make_sample(entry, self.store.read_many(self.shard_name(s), _ranges(entry)), self.shard_name(s))
 
-    def samples(self, numbers: Sequence[int]) -> list[Sample | SampleError]:
-        """Return several samples in the order asked, fetched together; a bad one as its error."""
-        found: list[Sample | SampleError | None] = [None] * len(numbers)
+    def samples(self, numbers: Sequence[int]) -> Iterator[Sample | SampleError]:
+        """Yield several samples in the order asked; a bad one as its error.
+
+        Remote ones are fetched together before the first. Local ones are read one by one, so that each finds the memory
+        of the one before it, which the processor still holds.
+
+        Raises:
+            ShardError: if bytes cannot be read.
+        """
+        located: list[tuple[str, SampleEntry] | None] = [None] * len(numbers)
+        fetched: dict[int, list[bytes]] = {}
         for s, places in self._by_shard(numbers):
-            entries = self.index(s).entries([j for _, j in places])
-            ranges = [_ranges(entry) for entry in entries]
-            data = iter(self.store.read_many(self.shard_name(s), [item for group in ranges for item in group]))
-            for (place, _), entry, group in zip(places, entries, ranges, strict=True):
-                try:
-                    found[place] = _make_sample(entry, [next(data) for _ in group], self.shard_name(s))
-                except SampleError as error:
-                    found[place] = error
-        return [item for item in found if item is not None]
+            shard, entries = self.shard_name(s), self.index(s).entries([j for _, j in places])
+            for (place, _), entry in zip(places, entries, strict=True):
+                located[place] = (shard, entry)
+            if not self.store.is_local:
+                data = iter(self.store.read_many(shard, [item for entry in entries for item in _ranges(entry)]))
+                for (place, _), entry in zip(places, entries, strict=True):
+                    fetched[place] = [next(data) for _ in _ranges(entry)]
+        for place, found in enumerate(located):
+            assert found is not None
+            shard, entry = found
+            data_of_sample = fetched.pop(place, None) or self.store.read_many(shard, _ranges(entry))
+            try:
+                sample: Sample | SampleError = _make_sample(entry, data_of_sample, shard)
+            except SampleError as error:
+                sample = error
+            yield sample
 
     def prefetch(self, numbers: Sequence[int], *, text_only: bool = False) -> None:
         """Start fetching samples (or only their records) that will be read soon; nothing to do for local files."""
@@ -248,11 +263,12 @@ def _make_sample(entry: SampleEntry, data: list[bytes], shard: str) -> Sample:
 
 
 def _make_media(entry: SampleEntry, files: list[bytes]) -> dict[MediaKind, tuple[tuple[str, bytes], ...]]:
-    media: dict[MediaKind, list[tuple[str, bytes]]] = {}
     if not is_framed(entry.media):
+        found: dict[MediaKind, tuple[tuple[str, bytes], ...]] = {}
         for item, data in zip(entry.media, files, strict=True):
-            media.setdefault(item.kind, []).append((item.ext, data))
-        return {kind: tuple(items) for kind, items in media.items()}
+            found[item.kind] = (*found.get(item.kind, ()), (item.ext, data))
+        return found
+    media: dict[MediaKind, list[tuple[str, bytes]]] = {}
     remaining = iter(files)
     for entries in group_media(entry.media):
         stored = [(item.ext, next(remaining)) for item in entries]

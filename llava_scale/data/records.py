@@ -22,6 +22,7 @@ _ROLES: dict[str, Role] = {
     "system": "system",
 }
 _BOM = b"\xef\xbb\xbf"
+_decoder = json.JSONDecoder()
 FRAMES_EXT = "frames"
 """Extension under which a sample hands over a video stored as frames (see ``join_frames``)."""
 FRAME_TIMES = "frame_times_s"
@@ -37,7 +38,7 @@ def load_record(data: bytes) -> dict[str, Any]:
     if not data:
         raise SampleError("has no json member, or an empty one; add the conversation or remove the files")
     try:
-        record = json.loads(data.decode("utf-8-sig" if data.startswith(_BOM) else "utf-8"))
+        record = _decoder.decode(data.decode("utf-8-sig" if data.startswith(_BOM) else "utf-8"))
     except ValueError as error:
         raise SampleError(f"its json cannot be read ({error}); write it again") from None
     if not isinstance(record, dict):
@@ -59,14 +60,15 @@ def parse_record(record: Mapping[str, Any], media_counts: Mapping[MediaKind, int
     turns = _read_turns(record)
     _check_order(turns)
     prefix = ""
+    marked = [turn for turn in turns if "<" in turn.text]
     for kind in MEDIA_KINDS:
         marker, num_media = PLACEHOLDERS[kind], media_counts.get(kind, 0)
         num_markers = 0
-        for turn in turns:
-            if marker in turn.text:
-                if turn.role != "user":
-                    raise SampleError(f"has {marker} in a turn of the {turn.role}; media belong to human turns")
-                num_markers += turn.text.count(marker)
+        for role, text in marked:
+            number = text.count(marker)
+            if number and role != "user":
+                raise SampleError(f"has {marker} in a turn of the {role}; media belong to human turns")
+            num_markers += number
         if num_markers == 0:
             prefix += f"{marker}\n" * num_media
         elif num_markers != num_media:

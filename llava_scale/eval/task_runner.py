@@ -92,7 +92,7 @@ class TaskRunner:
         examples = []
         for place in choose_examples(correct, task.examples):
             item = items[place]
-            sample = source.samples([item.number])[0]
+            sample = next(iter(source.samples([item.number])))
             files = () if isinstance(sample, SampleError) else sample.media.get("image", ())
             small = [thumbnail(data, max_pixels=self.processor.max_image_pixels) for _, data in files]
             gold = item.choices[item.answer] if item.choices else " | ".join(dict.fromkeys(item.references))

@@ -168,7 +168,7 @@ def test_pickled_datasets_read_the_same(folder):
 def test_samples_come_in_the_order_asked_with_errors_in_place(folder):
     write_tar(folder / "shard-00003.tar", {"bad.json": b"{"})
     data = open_dataset(str(folder))
-    found = data.samples([9, 0, 8, 0])
+    found = list(data.samples([9, 0, 8, 0]))
     assert isinstance(found[0], SampleError)
     assert [item.key for item in found[1:]] == ["s0n0", "s2n1", "s0n0"]
 

@@ -87,7 +87,7 @@ def test_neighbours_travel_in_one_request(folder, server):
     data = open_dataset(server.url)
     data.key(0)
     server.requests.clear()
-    found = data.samples(range(20))
+    found = list(data.samples(range(20)))
     assert [sample.key for sample in found] == [f"s0/n{number}" for number in range(20)]
     assert len(server.requests) == 1
 
