@@ -71,16 +71,15 @@ def read_study(folder: Path) -> list[Run]:
 def table_of(runs: list[Run]) -> str:
     """Markdown table of a study."""
     base = next((run for run in runs if run.name == "base"), None)
-    asked = "tasks" in runs[0].results[0]
-    scores = [*GROUPS, "all questions"] if asked else ["caption first", "among five"]
-    header = ["run", "tokens", "held-out loss", "against base", *scores, "samples/s against base", "seeds"]
+    asked, ranked = ("tasks" in runs[0].results[0], "top1" in runs[0].results[0])
+    scores = [*GROUPS, "all questions"] if asked else ["caption first", "among five"] if ranked else []
+    header = ["run", "tokens", "held-out loss", "against base", *scores, "seeds"]
     lines = []
     for run in runs:
         against = f"{run.mean('loss') - base.mean('loss'):+.3f}" if base else ""
-        speed = f"{run.mean('samples_per_s') / base.mean('samples_per_s'):.2f}" if base else ""
-        shown = _scores(run) if asked else [f"{run.mean('top1'):.1%}", f"{run.mean('top5'):.1%}"]
+        shown = _scores(run) if asked else [f"{run.mean(key):.1%}" for key in ("top1", "top5")] if ranked else []
         lines.append(
-            [run.name, f"{run.mean('tokens'):.0f}", run.spread("loss"), against, *shown, speed, f"{len(run.results)}"]
+            [run.name, f"{run.mean('tokens'):.0f}", run.spread("loss"), against, *shown, f"{len(run.results)}"]
         )
     return table(header, lines)
 
@@ -115,12 +114,15 @@ def draw_losses(runs: list[Run], title: str) -> bytes:
             axes.plot([x] * len(losses), losses, "-o", color=colour, markersize=3.5, linewidth=1.2)
             axes.annotate(run.name, (x, max(losses)), rotation=90, fontsize=6.5, color=colour, ha="center", va="bottom",
                           xytext=(0, 4), textcoords="offset points")  # fmt: skip
+    axes.set_yscale("log")  # what does not learn would flatten the rest
+    for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        which("{x:.2g}")
     axes.set_xticks(range(len(counts)), [f"{count:.0f} tokens" for count in counts], fontsize=8)
     axes.set_title(title, loc="left", fontsize=10, color="#1b1f24")
     axes.set_ylabel("held-out loss, nats a supervised token", fontsize=8, color="#5b6472")
     axes.margins(y=0.18)
-    axes.grid(axis="y", color="#e6e8ec", linewidth=0.8)
-    axes.tick_params(labelsize=8, length=0)
+    axes.grid(axis="y", which="both", color="#e6e8ec", linewidth=0.8)
+    axes.tick_params(which="both", labelsize=8, length=0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     return to_png(figure)
@@ -132,18 +134,30 @@ def _colour(name: str) -> str:
 
 
 def draw_curves(runs: list[Run]) -> bytes:
-    """PNG: training loss, speed and visual tokens of the original's runs, first seed."""
+    """PNG: training loss and visual tokens of the original's runs, first seed."""
     by_name = {run.name: run for run in runs}
     records = [read_run(by_name[name].folders[0], name=name) for name in SHOWN_CURVES if name in by_name]
     panels = [
         Panel(key="loss", title="Training loss", unit="nats per supervised token", smooth=True, from_zero=False),
-        Panel(key="samples_per_s", title="Samples per second", unit="samples", smooth=True),
+        Panel(key="visual_per_sample", title="Visual tokens of a sample", unit="after compression"),
     ]
     return draw_overview(panels, records)
 
 
+def insert(page: Path, name: str, text: str) -> None:
+    """Put ``text`` between the marks of ``name`` in a page; at its end where there are none yet."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    known = page.read_text() if page.exists() else "# Compressors at equal token counts\n"
+    before, found, rest = known.partition(begin)
+    after = rest.partition(end)[2] if found else "\n"
+    page.write_text(f"{before if found else before + chr(10)}{begin}\n\n{text}\n{end}{after}")
+
+
 def write_results(runs_folder: Path, results: Path) -> None:
-    """Write tables and figures of every study in ``runs_folder`` into ``results``, and print the tables."""
+    """Write tables of every study in ``runs_folder`` into ``compression.md`` in ``results``, figures beside it.
+
+    Text around the tables stays as it is. The tables are printed too.
+    """
     results.mkdir(parents=True, exist_ok=True)
     for name, title in (("synthetic", "Synthetic pictures"), ("tuxpaint", "Tux Paint's stamps")):
         runs = read_study(runs_folder / name)
@@ -152,7 +166,7 @@ def write_results(runs_folder: Path, results: Path) -> None:
         text = f"{table_of(runs)}\n"
         if "tasks" in runs[0].results[0]:
             text += f"\n{task_table(runs)}\n"
-        (results / f"compression-{name}.md").write_text(text)
+        insert(results / "compression.md", name, text)
         (results / f"compression-{name}.png").write_bytes(draw_losses(runs, title))
         (results / f"compression-{name}-curves.png").write_bytes(draw_curves(runs))
         print(f"{title}\n\n{text}")

@@ -112,9 +112,26 @@ def test_the_study_keeps_finished_runs_and_writes_its_tables(tmp_path, monkeypat
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(sys, "argv", ["study", "table", "--out", str(tmp_path), "--results", str(tmp_path / "results")])
     study_compression.main()
-    table = (tmp_path / "results" / "compression-synthetic.md").read_text()
+    table = (tmp_path / "results" / "compression.md").read_text()
+    study_compression.main()
+    assert (tmp_path / "results" / "compression.md").read_text() == table
     assert all(f"| {name} |" in table for name in names)
     assert (tmp_path / "results" / "compression-synthetic.png").is_file()
     logs = [json.loads(line) for line in (tmp_path / "synthetic/seed0/base/log.jsonl").read_text().splitlines()]
     others = (tmp_path / "synthetic/seed0/qformer/log.jsonl").read_text().splitlines()
     assert logs[0]["supervised_tokens"] == json.loads(others[0])["supervised_tokens"]  # the same samples
+
+
+def test_tables_replace_their_own_text_alone(tmp_path):
+    from study_table import insert
+
+    page = tmp_path / "compression.md"
+    page.write_text("# Results\n\nBefore.\n\n<!-- begin synthetic -->\nold\n<!-- end synthetic -->\n\nAfter.\n")
+    insert(page, "synthetic", "| new |\n")
+    insert(page, "tuxpaint", "| other |\n")
+    insert(page, "tuxpaint", "| other |\n")
+    text = page.read_text()
+    assert text.startswith("# Results\n\nBefore.\n\n<!-- begin synthetic -->\n\n| new |\n")
+    assert "old" not in text
+    assert text.index("After.") < text.index("| other |")
+    assert text.count("| other |") == 1
