@@ -11,15 +11,24 @@ from llava_scale.errors import LlavaScaleError, SampleError, suggest
 
 if TYPE_CHECKING:
     from llava_scale.serving.chat import ChatSession
+    from llava_scale.types import MediaInfo, MediaKind
 
 HELP = """\
 /image PATH  add a picture to the next question (several times for several)
-/clear       forget the conversation and the pictures
+/video PATH  add a video
+/audio PATH  add a sound
+/reset       forget the conversation and its media
+/save FILE   write the conversation as a sample of training data
 /help        show this
 /exit        leave, as Ctrl-D does
 Ctrl-C stops an answer."""
 
-_COMMANDS = ("/image", "/clear", "/help", "/exit")
+_MEDIA: dict[str, tuple[MediaKind, str]] = {
+    "/image": ("image", "picture"),
+    "/video": ("video", "video"),
+    "/audio": ("audio", "sound"),
+}
+_COMMANDS = (*_MEDIA, "/reset", "/save", "/help", "/exit")
 
 
 def answer_once(session: ChatSession, question: str) -> None:
@@ -80,20 +89,30 @@ def _answer(session: ChatSession, question: str) -> None:
 
 def _command(session: ChatSession, line: str) -> None:
     name, _, argument = line.partition(" ")
-    if name == "/image":
-        path = argument.strip().strip("'\"")
+    path = argument.strip().strip("'\"")
+    if name in _MEDIA:
+        kind, word = _MEDIA[name]
         if not path:
-            raise SampleError("/image needs the path of a picture")
-        width, height = session.add_image(path)
-        num_waiting = len(session.waiting["image"])
-        typer.echo(f"picture {num_waiting} for the next question: {path} ({width} x {height})")
-    elif name == "/clear":
-        session.clear()
+            raise SampleError(f"{name} needs the path of a {word}")
+        info = session.add(kind, path)
+        typer.echo(f"{word} {len(session.waiting[kind])} for the next question: {path} ({_described(info)})")
+    elif name == "/reset":
+        session.reset()
         typer.echo("forgotten")
+    elif name == "/save":
+        if not path:
+            raise SampleError("/save needs the name of a file")
+        session.save(path)
+        typer.echo(f"written: {path}")
     elif name == "/help":
         typer.echo(HELP)
     else:
         raise SampleError(f"unknown command {name!r}; {suggest(name, _COMMANDS)}")
+
+
+def _described(info: MediaInfo) -> str:
+    size = f"{info.width} x {info.height}" if info.width else ""
+    return ", ".join(filter(None, [size, f"{info.duration_s:.1f} s" if info.duration_s else ""]))
 
 
 def _enable_line_editing() -> None:

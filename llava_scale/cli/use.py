@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llava_scale.cli.common import Checkpoint, Device, Dtype, DtypeOption, load_engine, progress
+
+if TYPE_CHECKING:
+    from llava_scale.types import MediaKind
 
 _SHOWN = 10  # bad lines on the terminal
 
@@ -23,6 +26,8 @@ def chat(
     checkpoint: Checkpoint,
     question: Annotated[str | None, typer.Argument(help="Answered at once; without it a conversation begins.")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="Picture to ask about; may be given several times.")] = None,
+    video: Annotated[list[Path] | None, typer.Option(help="Video to ask about.")] = None,
+    audio: Annotated[list[Path] | None, typer.Option(help="Sound to ask about.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this share.")] = 1.0,
@@ -30,7 +35,7 @@ def chat(
     device: Device = "auto",
     dtype: DtypeOption = Dtype.auto,
 ) -> None:
-    """Ask a model about pictures: one question, or a conversation in the terminal."""
+    """Ask a model about pictures, videos and sounds: one question, or a conversation in the terminal."""
     from llava_scale.cli.terminal_chat import answer_once, talk
     from llava_scale.serving.chat import AnswerSettings, ChatSession
     from llava_scale.serving.sampling import Sampling
@@ -38,8 +43,10 @@ def chat(
     Sampling(temperature=temperature, top_p=top_p, seed=seed)  # refuses before the model is loaded
     settings = AnswerSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     session = ChatSession(load_engine(checkpoint, device, dtype), settings)
-    for path in image or ():
-        session.add_image(path)
+    attached: dict[MediaKind, list[Path] | None] = {"image": image, "video": video, "audio": audio}
+    for kind, paths in attached.items():
+        for path in paths or ():
+            session.add(kind, path)
     if question is None:
         talk(session)
     else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -111,6 +111,23 @@ class VisualPath:
             self._tap = SignalTap(tower, tower.num_prefix_tokens)
         self._count = token_count(section, num_blocks=self.tome.num_blocks if self.tome else 0)
         return self.compressor.out_width(in_width) if self.compressor and not self._after_projector else in_width
+
+    def set_ratio(self, ratio: float) -> None:
+        """Remove another share of the tokens from now on, in compressors that remove one.
+
+        Raises:
+            ConfigError: the compressor has no ratio, or this is none.
+        """
+        section = self._section
+        if not isinstance(section, RatioConfig):
+            raise ConfigError("this model's compressor removes no share of the tokens that could be changed")
+        if not 0 <= ratio < 1:
+            raise ConfigError(f"the ratio must be in [0, 1), got {ratio}")
+        self._section = changed = replace(section, ratio=ratio)
+        if self.compressor is not None:
+            self.compressor = build_weightless(changed)
+        self._count = token_count(changed, num_blocks=self.tome.num_blocks if self.tome else 0)
+        self.config.compressor = {**self.config.compressor, "ratio": ratio}
 
     def num_visual_tokens(self, num_frames: int = 1, *, step: int | None = None) -> int:
         """Tokens of a picture, or of a video of ``num_frames``, in the text."""

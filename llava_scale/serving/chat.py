@@ -1,20 +1,26 @@
-"""A conversation with a model: its history, the pictures waiting for the next question, streamed answers."""
+"""A conversation with a model: its history, the media waiting for the next question, streamed answers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_scale.data.media import decode_image
-from llava_scale.errors import SampleError
-from llava_scale.serving.prompts import GenerationRequest, place_media
-from llava_scale.types import MediaKind, Turn
+from llava_scale.data.media import decode_image, probe
+from llava_scale.errors import ConfigError, SampleError
+from llava_scale.serving.prompts import PROBED_AS, GenerationRequest, place_media
+from llava_scale.serving.sampling import Sampling
+from llava_scale.serving.streaming import text_pieces
+from llava_scale.types import MEDIA_KINDS, MediaInfo, MediaKind, Turn
 
 if TYPE_CHECKING:
+    from llava_scale.serving.decoding import Answer, Kept
     from llava_scale.serving.engine import Engine
+
+_NAMES = {"system": "system", "user": "human", "assistant": "gpt"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,10 +32,26 @@ class AnswerSettings:
     top_p: float = 1.0
     seed: int | None = None
 
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        return Sampling(temperature=self.temperature, top_p=self.top_p, seed=self.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """A medium of the conversation: its file's content, and where it lies."""
+
+    data: bytes
+    path: str
+
+
+Attachments = dict[MediaKind, tuple[Attachment, ...]]
+
 
 @dataclass(slots=True)
 class ChatSession:
-    """One conversation.
+    """One conversation. Keys and values are kept between turns, so only what is new is read.
 
     Attributes:
         engine: Who answers.
@@ -37,36 +59,42 @@ class ChatSession:
         turns: Finished questions and answers.
         media: Their media, per kind in the order of the placeholders.
         waiting: Media that go with the next question.
+        last: The last answer with its counts, finished or stopped.
     """
 
     engine: Engine
     settings: AnswerSettings = field(default_factory=AnswerSettings)
     turns: tuple[Turn, ...] = ()
-    media: dict[MediaKind, tuple[bytes, ...]] = field(default_factory=dict)
-    waiting: dict[MediaKind, tuple[bytes, ...]] = field(default_factory=dict)
+    media: Attachments = field(default_factory=dict)
+    waiting: Attachments = field(default_factory=dict)
+    last: Answer | None = None
+    _kept: Kept | None = None
 
-    def add_image(self, path: str | Path) -> tuple[int, int]:
-        """Keep a picture for the next question and return its width and height.
+    def add(self, kind: MediaKind, path: str | Path) -> MediaInfo:
+        """Keep a medium for the next question and return what is known of it.
 
         Raises:
-            SampleError: it cannot be read or is no picture; nothing is kept then.
+            SampleError: it cannot be read, or the model takes no such media; nothing is kept then.
         """
         file = Path(path).expanduser()
         try:
             data = file.read_bytes()
-            pixels = decode_image(data, max_pixels=self.engine.processor.image_transform.max_pixels)
+            info = probe(PROBED_AS[kind], data)
+            self.engine.processor.token_counter.count(info, step=None)
+            if kind == "image":
+                decode_image(data, max_pixels=self.engine.processor.image_transform.max_pixels)
         except OSError as error:
             raise SampleError(f"cannot read {file}: {error.strerror}") from None
         except SampleError as error:
             raise SampleError(f"{file}: {error.reason}") from None
-        self.waiting["image"] = (*self.waiting.get("image", ()), data)
-        return pixels.shape[2], pixels.shape[1]
+        self.waiting[kind] = (*self.waiting.get(kind, ()), Attachment(data, str(file)))
+        return info
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str, None, None]:
         """Yield the answer in pieces; what was written of it becomes history, also if it is stopped on the way.
 
-        Waiting pictures go in front of the question, or where its placeholders stand. If nothing was written, the
-        conversation and the waiting pictures stay as they were.
+        Waiting media go in front of the question, or where its placeholders stand. If nothing was written, the
+        conversation and the waiting media stay as they were.
 
         Raises:
             SampleError: the question cannot be asked (see ``Engine.stream``).
@@ -74,28 +102,57 @@ class ChatSession:
         counts = {kind: len(items) for kind, items in self.waiting.items()}
         (question,) = place_media((Turn("user", text),), counts)
         turns = (*self.turns, question)
-        media = {
-            kind: (*self.media.get(kind, ()), *self.waiting.get(kind, ())) for kind in {**self.media, **self.waiting}
-        }
-        request = GenerationRequest(turns=turns, media=media)
+        media: Attachments = {}
+        for kind in MEDIA_KINDS:
+            if items := (*self.media.get(kind, ()), *self.waiting.get(kind, ())):
+                media[kind] = items
+        answer = self._answer(turns, media)
         written = ""
         try:
-            pieces = self.engine.stream(
-                request,
-                max_new_tokens=self.settings.max_new_tokens,
-                temperature=self.settings.temperature,
-                top_p=self.settings.top_p,
-                seed=self.settings.seed,
-            )
-            with closing(pieces):
-                for piece in pieces:
+            with (
+                closing(self.engine.tokens(answer)) as tokens,
+                closing(text_pieces(tokens, self.engine.decode)) as all_,
+            ):
+                for piece in all_:
                     written += piece
                     yield piece
         finally:
+            self.last, self._kept = answer, answer.kept
             if written.strip():
                 self.turns = (*turns, Turn("assistant", written.strip()))
                 self.media, self.waiting = media, {}
 
-    def clear(self) -> None:
-        """Forget the conversation and the waiting pictures."""
-        self.turns, self.media, self.waiting = (), {}, {}
+    def _answer(self, turns: tuple[Turn, ...], media: Attachments) -> Answer:
+        request = GenerationRequest(
+            turns=turns, media={kind: [item.data for item in items] for kind, items in media.items()}
+        )
+        limit = self.settings.max_new_tokens
+        prompt = self.engine.prompt(request, limit)
+        return self.engine.answer(prompt, limit, self.settings.sampling, start=self._kept, keep=True)
+
+    def reset(self) -> None:
+        """Forget the conversation and the waiting media."""
+        self.turns, self.media, self.waiting, self.last, self._kept = (), {}, {}, None, None
+
+    def save(self, path: str | Path) -> None:
+        """Write the conversation as a JSON list of one sample, as ``llava-scale data pack`` reads it.
+
+        Raises:
+            ConfigError: there is nothing to write, or no place to write it to; a file that is there is left alone.
+        """
+        if not self.turns:
+            raise ConfigError("there is no conversation to save yet")
+        file = Path(path).expanduser()
+        sample: dict[str, object] = {"id": file.stem}
+        for kind, items in self.media.items():
+            paths = [str(Path(item.path).resolve()) for item in items]
+            sample[kind] = paths[0] if len(paths) == 1 else paths
+        sample["conversations"] = [{"from": _NAMES[turn.role], "value": turn.text} for turn in self.turns]
+        try:
+            with file.open("x", encoding="utf-8") as out:
+                json.dump([sample], out, ensure_ascii=False, indent=1)
+                out.write("\n")
+        except FileExistsError:
+            raise ConfigError(f"{file} is there already; choose another name") from None
+        except OSError as error:
+            raise ConfigError(f"cannot write {file}: {error.strerror}") from None

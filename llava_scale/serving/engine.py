@@ -213,7 +213,7 @@ class Engine:
         """
         return Decoder(self.model, self._end_ids, self.processor.tokenizer.pad_token_id, max_batch)
 
-    def tokens(self, answer: Answer) -> Iterator[int]:
+    def tokens(self, answer: Answer) -> Generator[int, None, None]:
         """Yield the tokens of one answer as they are chosen; closing the iterator ends the work."""
         decoder, given = self.decoder(1), 0
         decoder.add(answer)
@@ -231,6 +231,21 @@ class Engine:
         """Text of token ids, without special tokens."""
         text: str = self.processor.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
+
+    @property
+    def ratio(self) -> float | None:
+        """Share of the visual tokens that the compressor removes; None where there is none that has a share."""
+        section = self.processor.compressor or {}
+        return section.get("ratio")
+
+    def set_ratio(self, ratio: float) -> None:
+        """Remove another share of the visual tokens from now on; never while answers are on their way.
+
+        Raises:
+            ConfigError: the compressor has no ratio, or this is none.
+        """
+        self.model.set_ratio(ratio)
+        self.processor.compressor = self.model.config.compressor
 
     @property
     def context_length(self) -> int:

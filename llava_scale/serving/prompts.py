@@ -6,6 +6,7 @@ import hashlib
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 Medium = bytes | str | Path | Image.Image
 """An encoded file, its local path, or a Pillow image."""
+
+PROBED_AS: dict[MediaKind, str] = {"image": "png", "video": "mp4", "audio": "wav"}
+"""Any extension of each kind: what is inside a file is found out from its content."""
 
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
 
@@ -52,6 +56,7 @@ class Prompt:
         pictures: Encoded pictures in order of appearance.
         media_spans: First position and number of tokens of each medium, in order of appearance.
         question: The user's turns without placeholders, for models that read them beside the pictures.
+        num_features: Tokens that all media had before compression.
         signature: One number a position: its token id, or for media what they look like to the model. Two prompts
             whose signatures begin alike begin with the same keys and values.
     """
@@ -60,6 +65,7 @@ class Prompt:
     pictures: tuple[bytes, ...] = ()
     media_spans: tuple[tuple[int, int], ...] = ()
     question: str = ""
+    num_features: int = 0
     signature: tuple[int, ...] = ()
 
 
@@ -79,6 +85,8 @@ def make_prompt(request: GenerationRequest, processor: LlavaScaleProcessor) -> P
     signature: list[int] = []
     spans: list[tuple[int, int]] = []
     question = instruction_of(turns)
+    num_features = 0
+    look = f"{processor.compressor}\n{question if processor.reads_questions else ''}"
     for token_id in encoder.encode_prompt(turns):
         kind = kind_of.get(token_id)
         if kind is None:
@@ -86,15 +94,18 @@ def make_prompt(request: GenerationRequest, processor: LlavaScaleProcessor) -> P
             signature.append(token_id)
             continue
         data = next(waiting[kind])
-        count = counter.count(_info(kind, data), step=None).num_tokens
+        tokens = counter.count(_info(kind, data), step=None)
+        count = tokens.num_tokens
+        num_features += prod(tokens.grid)
         spans.append((len(input_ids), count))
         input_ids += [token_id] * count
-        signature += [_look(data, question if processor.reads_questions else "")] * count
+        signature += [_look(data, look)] * count
     return Prompt(
         input_ids=input_ids,
         pictures=tuple(media["image"]),
         media_spans=tuple(spans),
         question=question,
+        num_features=num_features,
         signature=tuple(signature),
     )
 
@@ -142,14 +153,14 @@ def decode_pictures(prompt: Prompt, processor: LlavaScaleProcessor) -> list[Tens
     return [transform(data) for data in prompt.pictures]
 
 
-def _look(data: bytes, question: str) -> int:
-    """Number below zero, so that it is no token's, that stands for a medium as the model sees it."""
-    digest = hashlib.blake2b(data, digest_size=8, key=hashlib.blake2b(question.encode()).digest()).digest()
+def _look(data: bytes, setting: str) -> int:
+    """Number below zero, so that it is no token's, for a medium as the model sees it under a compressor or question."""
+    digest = hashlib.blake2b(data, digest_size=8, key=hashlib.blake2b(setting.encode()).digest()).digest()
     return -1 - (int.from_bytes(digest, "little") >> 1)
 
 
 def _info(kind: MediaKind, data: bytes) -> MediaInfo:
-    return probe("png", data) if kind == "image" else MediaInfo(kind=kind)
+    return probe(PROBED_AS[kind], data)
 
 
 def _encoded(medium: Medium) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
 _UNFINISHED = "�"
 
@@ -76,7 +76,9 @@ class TextStream:
         return piece
 
 
-def text_pieces(ids: Iterable[int], decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> Iterator[str]:
+def text_pieces(
+    ids: Iterable[int], decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()
+) -> Generator[str, None, None]:
     """Yield the text of ``ids`` in pieces, up to a stop text."""
     stream = TextStream(decode, stops)
     for token_id in ids:

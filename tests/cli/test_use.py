@@ -75,7 +75,17 @@ def test_chat_answers_one_question_about_a_picture(checkpoint, picture):
 def test_a_conversation_goes_on_after_mistakes(checkpoint, picture, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     lines = ["/image nowhere.png", f"/image {tmp_path / 'text.png'}", "/imag x", "/image", f"/image '{picture}'"]
-    lines += ["what is it?", "<image> what?", "", "/help", "/clear"]
+    lines += [
+        "what is it?",
+        "<image> what?",
+        "",
+        "/help",
+        f"/save {tmp_path / 'talk.json'}",
+        "/save",
+        "/reset",
+        f"/save {tmp_path / 'no.json'}",
+    ]
+    lines += [f"/audio {picture}", "/video"]
     done = invoke("chat", checkpoint, "--max-new-tokens", 4, input="\n".join(lines) + "\n")
     assert done.exit_code == 0
     assert "error: cannot read nowhere.png: No such file or directory" in done.stdout
@@ -87,6 +97,14 @@ def test_a_conversation_goes_on_after_mistakes(checkpoint, picture, tmp_path):
     assert "error: has 1 <image> placeholder but 0 images" in done.stdout
     assert "Ctrl-C stops an answer." in done.stdout
     assert "forgotten" in done.stdout
+    assert "error: /save needs the name of a file" in done.stdout
+    assert "error: there is no conversation to save yet" in done.stdout
+    assert "error: /video needs the path of a video" in done.stdout
+    assert not (tmp_path / "no.json").exists()
+    (sample,) = json.loads((tmp_path / "talk.json").read_text())
+    assert sample["image"] == str(picture)
+    assert sample["conversations"][0] == {"from": "human", "value": "<image>\nwhat is it?"}
+    assert f"error: {picture}: " in done.stdout
 
 
 class FakeSession:
