@@ -97,7 +97,7 @@ class Ours(Peer):
         from llava_scale.data.chat import ChatEncoder
         from llava_scale.data.loader import open_stream
         from llava_scale.data.media import ImageTransform
-        from llava_scale.model.tokens import ImageTokenCounter
+        from llava_scale.model.tokens import MediaCounter
 
         path = self.corpus.prepared if self.on_prepared else self.corpus.shards
         packing = PackingConfig(mode="tokens" if self.packed else "samples", samples_per_row=self.batch)
@@ -113,7 +113,7 @@ class Ours(Peer):
             seed=0,
             rows_per_step=1,
             encoder=ChatEncoder(tokenizer_of(self.corpus), "vicuna_v1"),
-            counter=ImageTokenCounter(rows=12, cols=12, num_tokens=144),
+            counter=MediaCounter(rows=12, cols=12, num_tokens=144),
             image_transform=ImageTransform(SIZE, "pad", BACKGROUND),
         )
 

@@ -10,6 +10,8 @@ from math import prod
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from torch import Tensor
 
@@ -91,6 +93,42 @@ class Media:
     times_s: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class AudioFeatures:
+    """Windows of one or several sounds, ready for a tower.
+
+    Attributes:
+        values: float32 ``(W, ...)``; the second dimension is time and may be padded behind a window's end.
+        lengths: int64 ``(W,)``: samples of sound in each window, filled-up silence included.
+    """
+
+    values: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def joined(cls, sounds: Sequence[AudioFeatures]) -> AudioFeatures:
+        """Windows of several sounds as one batch, in order; shorter windows are padded with zeros at their end."""
+        import torch
+
+        return cls(
+            stacked_windows([window for sound in sounds for window in sound.values]),
+            torch.cat([sound.lengths for sound in sounds]),
+        )
+
+
+def stacked_windows(windows: Sequence[Tensor]) -> Tensor:
+    """Windows ``(T, ...)`` as one tensor ``(W, T, ...)``, the shorter ones padded with zeros at their end."""
+    import torch
+
+    longest = max(len(window) for window in windows)
+    if all(len(window) == longest for window in windows):
+        return torch.stack(list(windows))
+    stacked = windows[0].new_zeros(len(windows), longest, *windows[0].shape[1:])
+    for row, window in zip(stacked, windows, strict=True):
+        row[: len(window)] = window
+    return stacked
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One conversation with its media still encoded, as read from a shard.
@@ -134,7 +172,9 @@ class PackedRow:
         pixel_values_videos: ``(F, 3, H, W)`` uint8 frames of all videos in order, or None.
         video_grids: One grid a video; their first entries sum to ``F``.
         video_num_tokens: Tokens each video takes in ``input_ids``.
-        audio_values: Waveforms or features of all sounds in order (set by the audio tower's front end), or None.
+        audio_values: Features of all windows of all sounds in order (made by the audio tower's front end), padded
+            with zeros to the longest, or None.
+        audio_lengths: ``(W,)`` int64 samples in each window; None without sounds.
         audio_grids: One grid a sound.
         audio_num_tokens: Tokens each sound takes in ``input_ids``.
         instructions: For each picture, then each video, then each sound: the human turns of its sample without
@@ -155,6 +195,7 @@ class PackedRow:
     video_grids: tuple[Grid, ...] = ()
     video_num_tokens: tuple[int, ...] = ()
     audio_values: Tensor | None = None
+    audio_lengths: Tensor | None = None
     audio_grids: tuple[Grid, ...] = ()
     audio_num_tokens: tuple[int, ...] = ()
     instructions: tuple[str, ...] = ()

@@ -24,6 +24,31 @@ class ProjectorConfig:
 
 
 @section
+class VideoConfig:
+    """How frames of videos are chosen; a checkpoint keeps it."""
+
+    scheme: Literal[
+        "time",
+        "time_fps",
+        "uniform",
+        "fps",
+        "videollama2",
+        "videollama2_fps",
+        "llava_next",
+        "transformers",
+        "transformers_fps",
+    ] = "time"
+    """``time``: the frames shown in the middles of equal spans of time; ``time_fps``: as many spans as ``fps`` asks
+    for. The others take the indices that the official code of that name takes."""
+    num_frames: Annotated[int, Field(ge=1)] = 8
+    """Frames of a video; schemes that go by ``fps`` do not use it."""
+    fps: Annotated[float, Field(gt=0.0)] = 1.0
+    """Frames a second, for schemes that go by it."""
+    max_frames: Annotated[int, Field(ge=1)] = 32
+    """Most frames of a video; more are spaced anew over the whole video, never cut off."""
+
+
+@section
 class ModelConfig:
     """What the model is put together from.
 
@@ -52,10 +77,26 @@ class ModelConfig:
     """Between vision tower and language model."""
     compressor: CompressorConfig | None = None
     """Fewer visual tokens: ``{type: token_merging, ratio: 0.5}`` or another ``type``; none leaves all of them."""
+    video: VideoConfig = Field(default_factory=VideoConfig)
+    """How frames of videos are chosen."""
+    audio_tower: str = ""
+    """For a model that hears: an official BEATs file (``.pt``), hub name or folder of an audio encoder of transformers,
+    or ``tiny`` for a small random one (under ``preset: tiny``). Beside ``init_from`` it gives hearing to a checkpoint
+    that has none."""
+    audio_window_seconds: Annotated[float, Field(ge=0.0)] = 0.0
+    """Longest window that the audio tower gets at once; 0 takes what it was trained on."""
+    audio_projector: ProjectorConfig = Field(default_factory=ProjectorConfig)
+    """Between audio tower and language model."""
+    audio_compressor: CompressorConfig | None = None
+    """Fewer audio tokens: ``{type: pool, window: [1, 1, 8]}`` makes one of eight; none leaves all of them."""
     torch_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type in which weights are held."""
 
     def __post_init__(self) -> None:
+        if not self.audio_tower:
+            for name in ("audio_window_seconds", "audio_projector", "audio_compressor"):
+                if getattr(self, name) not in (0.0, None, ProjectorConfig()):
+                    raise ConfigError(f"model.{name} needs model.audio_tower: set that, or leave it out")
         named = bool(self.language_model or self.vision_tower)
         if sum([bool(self.init_from), bool(self.preset), named]) > 1:
             raise ConfigError(

@@ -12,9 +12,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llava_scale.data.decoding import OtherMedia, decode_others, different_shapes, joined_frames
 from llava_scale.data.lengths import UNREADABLE
 from llava_scale.errors import SampleError, ShapeError, ShardError
-from llava_scale.types import IGNORE_INDEX, MEDIA_KINDS, PLACEHOLDERS, Grid, MediaKind, PackedRow, SkippedSample
+from llava_scale.types import (
+    IGNORE_INDEX,
+    MEDIA_KINDS,
+    PLACEHOLDERS,
+    AudioFeatures,
+    Grid,
+    MediaKind,
+    PackedRow,
+    SkippedSample,
+)
 
 if TYPE_CHECKING:
     from llava_scale.data.chat import ChatEncoder
@@ -23,10 +33,11 @@ if TYPE_CHECKING:
     from llava_scale.types import MediaInfo, MediaTokenCounter, MediaTokens, Sample, Turn
 
 IntArray = NDArray[np.int64]
-MediaTransform = Callable[[bytes], Tensor]
-"""Encoded file -> picture uint8 ``(3, H, W)``, video uint8 ``(F, 3, H, W)``, or sound.
+MediaTransform = Callable[..., Any]
+"""Encoded file to what the model takes.
 
-A transform of pictures that has an attribute ``shape`` also takes a tensor of that shape to write into.
+Pictures: ``transform(data)`` is uint8 ``(3, H, W)``; one that has an attribute ``shape`` also takes a tensor of that
+shape to write into. Videos and sounds: as in ``data.decoding``.
 """
 
 _PLACEHOLDER = re.compile("|".join(map(re.escape, PLACEHOLDERS.values())))
@@ -62,7 +73,7 @@ class PreparedSample:
     input_ids: IntArray
     labels: IntArray
     instruction: str
-    media: dict[MediaKind, list[Tensor]]
+    media: OtherMedia
     tokens: dict[MediaKind, list[MediaTokens]]
     truncated: bool = False
 
@@ -149,7 +160,7 @@ class RowBuilder:
         by_kind: dict[MediaKind, list[MediaTokens]] = {}
         for kind, counted in tokens:
             by_kind.setdefault(kind, []).append(counted)
-        media = self._decode(sample, pictures)
+        media = self._decode(sample, infos, [counted for _, counted in tokens], pictures)
         return PreparedSample(sample.key, ids, labels, instruction_of(sample.turns), media, by_kind, truncated)
 
     def _read(self, members: Sequence[PlannedSample]) -> Iterator[Sample | SampleError]:
@@ -178,20 +189,19 @@ class RowBuilder:
         tokens = [(info.kind, self.counter.count(info, step=step)) for _, info in markers]
         return np.array([position for position, _ in markers], dtype=np.int64), tokens
 
-    def _decode(self, sample: Sample, pictures: PictureBlock) -> dict[MediaKind, list[Tensor]]:
-        """Decoded media by kind, other than pictures, which are added to ``pictures``."""
-        decoded: dict[MediaKind, list[Tensor]] = {}
-        for kind, files in sample.media.items():
-            transform = self._transform(sample, kind)
-            try:
-                if kind == "image":
-                    for _, data in files:
-                        pictures.add(transform, data)
-                else:
-                    decoded[kind] = [transform(data) for _, data in files]
-            except SampleError as error:
-                raise error.at(shard=sample.shard, key=sample.key) from error
-        return decoded
+    def _decode(
+        self, sample: Sample, infos: Sequence[MediaInfo], counted: Sequence[MediaTokens], pictures: PictureBlock
+    ) -> OtherMedia:
+        """Videos and sounds of a sample; pictures are added to ``pictures``."""
+        files = sample.media.get("image", ())
+        try:
+            for _, data in files:
+                pictures.add(self.transforms["image"], data)
+            if len(files) == len(counted):
+                return OtherMedia()
+            return decode_others(sample, infos, self.transforms)
+        except SampleError as error:
+            raise error.at(shard=sample.shard, key=sample.key) from error
 
     def _transform(self, sample: Sample, kind: MediaKind) -> MediaTransform:
         if kind not in self.transforms:
@@ -250,7 +260,7 @@ class PictureBlock:
         """
         shape: tuple[int, int, int] | None = getattr(transform, "shape", None)
         if shape is not None and (self._block is None or self._block.shape[1:] == shape):
-            transform(data, self._place(shape, torch.uint8))  # type: ignore[call-arg]
+            transform(data, self._place(shape, torch.uint8))
         else:
             picture = transform(data)
             self._place(tuple(picture.shape), picture.dtype).copy_(picture)
@@ -261,7 +271,7 @@ class PictureBlock:
             channels, height, width = shape
             self._block = torch.empty((self._capacity, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
         if self._block.shape[1:] != shape:
-            raise ShapeError(_different_shapes("pictures", [tuple(self._block.shape[1:]), tuple(shape)]))
+            raise ShapeError(different_shapes("pictures", [tuple(self._block.shape[1:]), tuple(shape)]))
         return self._block[self.size]
 
     def tensor(self) -> Tensor | None:
@@ -284,6 +294,7 @@ def lay_out(
     media = _Collected()
     for sample in samples:
         media.add(sample)
+    sounds = AudioFeatures.joined(media.sounds) if media.sounds else None
     return PackedRow(
         input_ids=torch.from_numpy(np.concatenate([sample.input_ids for sample in samples])),
         labels=torch.from_numpy(np.concatenate([sample.labels for sample in samples])),
@@ -292,10 +303,11 @@ def lay_out(
         pixel_values=pictures,
         image_grids=media.grids("image"),
         image_num_tokens=media.num_tokens("image"),
-        pixel_values_videos=_joined(torch.cat, media.tensors["video"], "videos"),
+        pixel_values_videos=joined_frames(media.frames),
         video_grids=media.grids("video"),
         video_num_tokens=media.num_tokens("video"),
-        audio_values=_joined(torch.stack, media.tensors["audio"], "sounds"),
+        audio_values=sounds.values if sounds else None,
+        audio_lengths=sounds.lengths if sounds else None,
         audio_grids=media.grids("audio"),
         audio_num_tokens=media.num_tokens("audio"),
         instructions=media.instructions(),
@@ -315,13 +327,14 @@ def instruction_of(turns: Sequence[Turn]) -> str:
 class _Collected:
     """The media of a row, per kind in order."""
 
-    tensors: dict[MediaKind, list[Tensor]] = field(default_factory=lambda: {kind: [] for kind in MEDIA_KINDS})
+    frames: list[Tensor] = field(default_factory=list)
+    sounds: list[AudioFeatures] = field(default_factory=list)
     tokens: dict[MediaKind, list[MediaTokens]] = field(default_factory=lambda: {kind: [] for kind in MEDIA_KINDS})
     questions: dict[MediaKind, list[str]] = field(default_factory=lambda: {kind: [] for kind in MEDIA_KINDS})
 
     def add(self, sample: PreparedSample) -> None:
-        for kind, tensors in sample.media.items():
-            self.tensors[kind] += tensors
+        self.frames += sample.media.frames
+        self.sounds += sample.media.sounds
         for kind, tokens in sample.tokens.items():
             self.tokens[kind] += tokens
             self.questions[kind] += [sample.instruction] * len(tokens)
@@ -341,21 +354,6 @@ def _by_source(members: Sequence[PlannedSample]) -> dict[int, list[int]]:
     for planned in members:
         numbers.setdefault(planned.source, []).append(planned.number)
     return numbers
-
-
-def _joined(join: Callable[[list[Tensor]], Any], tensors: list[Tensor], name: str) -> Tensor | None:
-    if not tensors:
-        return None
-    try:
-        joined = join(tensors)
-    except RuntimeError:
-        raise ShapeError(_different_shapes(name, [tuple(tensor.shape) for tensor in tensors])) from None
-    assert isinstance(joined, Tensor)
-    return joined
-
-
-def _different_shapes(name: str, shapes: Sequence[tuple[int, ...]]) -> str:
-    return f"the {name} of a row have different shapes {sorted(set(shapes))}; use a transform of fixed size"
 
 
 def _alignment_row(step: int | None, skipped: tuple[SkippedSample, ...]) -> PackedRow:

@@ -58,6 +58,7 @@ def open_stream(
     encoder: ChatEncoder,
     counter: MediaTokenCounter,
     image_transform: MediaTransform,
+    transforms: Mapping[MediaKind, MediaTransform] | None = None,
     rank: int = 0,
     world_size: int = 1,
     split: Split = "train",
@@ -73,6 +74,7 @@ def open_stream(
         encoder: Conversation -> token ids.
         counter: Tokens of each medium at each step.
         image_transform: Encoded picture -> uint8 ``(3, H, W)``.
+        transforms: The same for other kinds of media; samples with a kind that has none cannot be used.
         rank: Which slice of each step's rows to give out.
         world_size: Number of slices.
         split: ``train`` never ends; ``eval`` uses each sample of ``eval_sources``, or of the held-out part of
@@ -99,7 +101,7 @@ def open_stream(
         rows_per_step=rows_per_step,
         encoder=encoder,
         counter=counter,
-        transforms={"image": image_transform},
+        transforms={**(transforms or {}), "image": image_transform},
         rank=rank,
         world_size=world_size,
         split=split,

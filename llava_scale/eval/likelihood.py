@@ -46,7 +46,7 @@ class RowMaker:
             datasets=[dataset],
             encoder=processor.chat_encoder,
             counter=processor.token_counter,
-            transforms={"image": processor.image_transform},
+            transforms=processor.media_transforms,
             row_length=max_length,
         )
 

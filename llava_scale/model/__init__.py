@@ -13,17 +13,17 @@ from llava_scale.model.modeling import LlavaScaleForConditionalGeneration, Llava
 from llava_scale.model.processing import LlavaScaleProcessor
 from llava_scale.model.registry import register_auto_classes
 from llava_scale.model.rows import row_inputs
-from llava_scale.model.tokens import ImageTokenCounter
+from llava_scale.model.tokens import MediaCounter
 
 __all__ = [
     "PACKED",
     "BuiltModel",
     "CustomVisionConfig",
-    "ImageTokenCounter",
     "LlavaScaleConfig",
     "LlavaScaleForConditionalGeneration",
     "LlavaScaleOutput",
     "LlavaScaleProcessor",
+    "MediaCounter",
     "PackedLayout",
     "build_model",
     "load_model",

@@ -21,8 +21,10 @@ from transformers import (
 
 from llava_scale.config import CompressorConfig, ModelConfig, to_dict
 from llava_scale.config.compressor import CLIP_TEXT, QFormerConfig
+from llava_scale.config.model import VideoConfig
 from llava_scale.errors import CheckpointError, ConfigError
 from llava_scale.model.attention import PACKED
+from llava_scale.model.build_audio import audio_tower_of, give_hearing, match_audio_scale, parts_with_weights
 from llava_scale.model.configuration import OPENAI_MEAN, OPENAI_STD, CustomVisionConfig, LlavaScaleConfig
 from llava_scale.model.head import check_head
 from llava_scale.model.modeling import LlavaScaleForConditionalGeneration, build_tower
@@ -66,6 +68,9 @@ CALIBRATION_PICTURES = 4
 _KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
+_HEARING = ("audio_tower", "audio_window_seconds", "audio_projector", "audio_compressor")
+
+
 def build_model(config: ModelConfig, *, chat_template: str, seed: int) -> BuiltModel:
     """Put a model together and give it a processor for ``chat_template``.
 
@@ -78,7 +83,7 @@ def build_model(config: ModelConfig, *, chat_template: str, seed: int) -> BuiltM
     """
     dtype: torch.dtype = getattr(torch, config.torch_dtype)
     if config.init_from:
-        return _continue_from(config, dtype, chat_template)
+        return _continue_from(config, dtype, chat_template, seed=seed)
     if not config.preset and not (config.language_model and config.vision_tower):
         raise ConfigError("model needs both language_model and vision_tower, or preset, or init_from")
     if config.vision_tower_kwargs and ":" not in config.vision_tower:
@@ -89,14 +94,14 @@ def build_model(config: ModelConfig, *, chat_template: str, seed: int) -> BuiltM
         language_model = _language_model(config, tokenizer, dtype)
         full, tower = _config_and_tower(config, language_model.config, dtype)
         reader, question_tokenizer = _instruction_tower(config, full, dtype)
+        ears = audio_tower_of(config, full, dtype)
         for kind, placeholder in PLACEHOLDERS.items():
             setattr(full, f"{kind}_token_id", tokenizer.convert_tokens_to_ids(placeholder))
-        _keep_weights(tower, language_model, *([reader] if reader else []))
+        _keep_weights(*parts_with_weights(tower, language_model, reader, ears))
         model = LlavaScaleForConditionalGeneration(
-            full, vision_tower=tower, language_model=language_model, instruction_tower=reader
+            full, vision_tower=tower, language_model=language_model, instruction_tower=reader, audio_tower=ears
         ).to(dtype)
-        if config.projector.match_embedding_scale:
-            match_embedding_scale(model, seed=seed)
+        _match_scales(model, config, seed=seed)
     return finish_model(model.eval(), tokenizer, question_tokenizer, chat_template)
 
 
@@ -116,6 +121,7 @@ def build_processor(config: ModelConfig, *, chat_template: str) -> LlavaScalePro
     add_placeholders(tokenizer)
     with _seeded(0):
         full, tower = _config_and_tower(config, tiny_text_config(len(tokenizer)), getattr(torch, config.torch_dtype))
+        audio_tower_of(config, full, getattr(torch, config.torch_dtype))
     full.chat_template_name = chat_template
     question_tokenizer = None
     reader = _reader_name(config)
@@ -207,20 +213,33 @@ def match_embedding_scale(model: LlavaScaleForConditionalGeneration, *, seed: in
     model.projector.scale_output(float(wanted / _rms(model.get_image_features(pictures))))
 
 
+def _match_scales(model: LlavaScaleForConditionalGeneration, config: ModelConfig, *, seed: int) -> None:
+    if config.projector.match_embedding_scale and not config.init_from:
+        match_embedding_scale(model, seed=seed)
+    if config.audio_tower and config.audio_projector.match_embedding_scale:
+        match_audio_scale(model, seed=seed)
+
+
 def _rms(values: Tensor) -> Tensor:
     return values.float().pow(2).mean().sqrt()
 
 
-def _continue_from(config: ModelConfig, dtype: torch.dtype, chat_template: str) -> BuiltModel:
-    kept = ModelConfig(init_from=config.init_from, torch_dtype=config.torch_dtype, compressor=config.compressor)
-    if config != kept:
+def _continue_from(config: ModelConfig, dtype: torch.dtype, chat_template: str, *, seed: int) -> BuiltModel:
+    names = ("init_from", "torch_dtype", "compressor", "video", *_HEARING)
+    if config != ModelConfig(**{name: getattr(config, name) for name in names}):
         raise ConfigError(
-            "model.init_from takes towers, projector and language model from the checkpoint; "
-            "of the other model fields only torch_dtype and compressor may be set beside it"
+            "model.init_from takes towers and language model from the checkpoint; beside it only torch_dtype, "
+            "compressor, video and, if that checkpoint does not hear yet, the audio_ fields may be set"
         )
     model, processor = load_model(config.init_from, dtype=dtype)
     if config.compressor is not None:
         _exchange_compressor(model, config.compressor)
+    if config.video != VideoConfig():
+        model.config.video = to_dict(config.video)
+    if config.audio_tower:
+        with _seeded(seed):
+            give_hearing(model, config, dtype)
+            _match_scales(model, config, seed=seed)
     model.config.chat_template_name = chat_template
     return finish_model(model, processor.tokenizer, processor.question_tokenizer, chat_template)
 
@@ -318,6 +337,7 @@ def _config_and_tower(
         text_config=text_config,
         projector={"type": config.projector.type, "input_norm": config.projector.input_norm},
         compressor=None if config.compressor is None else to_dict(config.compressor),
+        video=to_dict(config.video),
         vision_feature_layer=config.vision_feature_layer,
         vision_feature_select=config.vision_feature_select,
         image_aspect_ratio=config.image_aspect_ratio,

@@ -41,6 +41,9 @@ class LlavaScaleConfig(PreTrainedConfig):
         instruction_config: Config of the text encoder that reads questions; None where none are read.
         projector: ``type`` and ``input_norm`` of the projector.
         compressor: Fields of ``model.compressor``; None where all tokens stay.
+        video: Fields of ``model.video``: how frames of videos are chosen.
+        audio: ``tower`` (what ``describe_audio_tower`` tells), ``projector`` and ``compressor`` (as the two above) of a
+            model that hears; None for one that does not.
         vision_feature_layer: Hidden state of the tower that is used; see ``towers.vision``.
         vision_feature_select: ``patch`` or ``full``.
         image_size: Side of the square picture in pixels.
@@ -72,6 +75,8 @@ class LlavaScaleConfig(PreTrainedConfig):
         instruction_config: dict[str, Any] | PreTrainedConfig | None = None,
         projector: dict[str, Any] | None = None,
         compressor: dict[str, Any] | None = None,
+        video: dict[str, Any] | None = None,
+        audio: dict[str, Any] | None = None,
         vision_feature_layer: int = -2,
         vision_feature_select: str = "patch",
         image_size: int = 0,
@@ -89,6 +94,8 @@ class LlavaScaleConfig(PreTrainedConfig):
         self.text_config = _sub_config(text_config, default=LlamaConfig)
         self.instruction_config = instruction_config and _sub_config(instruction_config, default=CLIPTextConfig)
         self.compressor = compressor
+        self.video = dict(video or {})
+        self.audio = audio
         self.projector = {"type": "mlp2x_gelu", "input_norm": False, **(projector or {})}
         self.vision_feature_layer = vision_feature_layer
         self.vision_feature_select = _one_of("vision_feature_select", vision_feature_select, FEATURE_SELECTS)

@@ -19,11 +19,13 @@ from transformers.utils.generic import can_return_tuple
 from llava_scale.compressors import STC, Projector, QueryCompressor, build_projector
 from llava_scale.errors import ConfigError, ShapeError
 from llava_scale.model.attention import PACKED, PackedLayout, packed_pass
+from llava_scale.model.audible import AudioPath
 from llava_scale.model.configuration import CustomVisionConfig, LlavaScaleConfig
+from llava_scale.model.generating import MediaGeneration
 from llava_scale.model.head import LogitHead
 from llava_scale.model.loss import LOSS_CHUNK, next_token_targets, summed_cross_entropy
 from llava_scale.model.splice import check_count, splice
-from llava_scale.model.visual import VisualInputs, VisualPath, compressor_section
+from llava_scale.model.visual import MediaInputs, VisualPath, compressor_section
 from llava_scale.towers import (
     CustomVisionTower,
     PixelNormalizer,
@@ -32,13 +34,12 @@ from llava_scale.towers import (
     restore_constants,
 )
 from llava_scale.towers.instruction import InstructionTower
+from llava_scale.types import AudioFeatures
 
 if TYPE_CHECKING:
+    from llava_scale.towers.audio_base import AudioTower
     from llava_scale.towers.instruction import Encoded
     from llava_scale.types import Grid
-
-MEDIA_INPUTS = ("pixel_values", "pixel_values_videos", "video_grids", "instruction_ids", "instruction_mask")
-"""Arguments of ``forward`` that belong to media, and go into the first step of generation only."""
 
 
 @dataclass
@@ -62,14 +63,15 @@ class LlavaScaleOutput(ModelOutput):
     image_hidden_states: Tensor | None = None
 
 
-class LlavaScaleForConditionalGeneration(VisualPath, PreTrainedModel, GenerationMixin):
-    """A vision tower, a compressor, a projector and a causal language model as one model of transformers.
+class LlavaScaleForConditionalGeneration(MediaGeneration, VisualPath, AudioPath, PreTrainedModel, GenerationMixin):
+    """Vision and audio towers, compressors, projectors and a causal language model as one model of transformers.
 
     Args:
         config: What it is put together from.
         vision_tower: Tower with weights; a fresh one if None.
         language_model: Language model with weights; a fresh one if None.
         instruction_tower: Reader of questions with weights; a fresh one if None and ``config`` asks for one.
+        audio_tower: Audio tower with weights; a fresh one if None and ``config`` asks for one.
 
     Attributes:
         question_encoder: Questions to token ids and mask, set by ``build_model`` and ``load_model``; only packed rows,
@@ -79,7 +81,7 @@ class LlavaScaleForConditionalGeneration(VisualPath, PreTrainedModel, Generation
     config_class = LlavaScaleConfig
     config: LlavaScaleConfig
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "video", "audio", "text")
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -93,6 +95,7 @@ class LlavaScaleForConditionalGeneration(VisualPath, PreTrainedModel, Generation
         vision_tower: VisionTower | None = None,
         language_model: PreTrainedModel | None = None,
         instruction_tower: InstructionTower | None = None,
+        audio_tower: AudioTower | None = None,
     ) -> None:
         super().__init__(config)
         # "packed" is sdpa for everything but packed rows; any other choice of the user's stands.
@@ -109,6 +112,7 @@ class LlavaScaleForConditionalGeneration(VisualPath, PreTrainedModel, Generation
             config.text_config.hidden_size,
             input_norm=config.projector["input_norm"],
         )
+        self.set_audio(audio_tower)
         self.question_encoder: Callable[[Sequence[str]], Encoded] | None = None
         self.head = LogitHead(config.text_config)
         self.post_init()
@@ -124,7 +128,10 @@ class LlavaScaleForConditionalGeneration(VisualPath, PreTrainedModel, Generation
         labels: Tensor | None = None,
         pixel_values: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,
-        video_grids: Sequence[Grid] | None = None,
+        video_grids: Sequence[Grid] | Tensor | None = None,
+        audio_values: Tensor | None = None,
+        audio_lengths: Tensor | None = None,
+        audio_grids: Sequence[Grid] | Tensor | None = None,
         instructions: Sequence[str] | None = None,
         instruction_ids: Tensor | None = None,
         instruction_mask: Tensor | None = None,
@@ -136,10 +143,10 @@ class LlavaScaleForConditionalGeneration(VisualPath, PreTrainedModel, Generation
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> LlavaScaleOutput:
-        """Loss, logits, or both, of text with pictures in it.
+        """Loss, logits, or both, of text with pictures, videos and sounds in it.
 
         Args:
-            input_ids: ``(B, S)``; each picture's placeholder repeated to its number of tokens.
+            input_ids: ``(B, S)``; each medium's placeholder repeated to its number of tokens.
             attention_mask: ``(B, S)``, 0 on padding; never with ``cu_seq_lens``.
             position_ids: ``(B, S)``; restarting at 0 with each sample of a packed row.
             past_key_values: Cache of earlier tokens.
@@ -149,6 +156,9 @@ class LlavaScaleForConditionalGeneration(VisualPath, PreTrainedModel, Generation
             pixel_values: ``(I, 3, H, W)`` all pictures in order of appearance; uint8, or float if normalised.
             pixel_values_videos: ``(F, 3, H, W)`` frames of all videos in order of appearance.
             video_grids: Grid of each video; None for one video of all frames.
+            audio_values: ``(W, T, ...)`` windows of all sounds in order of appearance, made by the processor.
+            audio_lengths: ``(W,)`` samples in each.
+            audio_grids: Grid of each sound; None for one sound of all windows.
             instructions: Question that goes with each picture, then with each video; for models that read them.
             instruction_ids: ``(I + videos, L)`` token ids of the same, made by the processor.
             instruction_mask: ``(I + videos, L)`` bool, false on padding.
@@ -163,10 +173,12 @@ class LlavaScaleForConditionalGeneration(VisualPath, PreTrainedModel, Generation
         Raises:
             ShapeError: placeholders and media do not match, or the packed row is not laid out as promised.
         """
-        media = VisualInputs(
+        media = MediaInputs(
             pictures=pixel_values,
             frames=pixel_values_videos,
-            video_grids=video_grids,
+            video_grids=_as_grids(video_grids),
+            sounds=_as_sounds(audio_values, audio_lengths),
+            audio_grids=_as_grids(audio_grids),
             step=step,
             questions=self._questions(instructions, instruction_ids, instruction_mask),
         )
@@ -201,27 +213,35 @@ class LlavaScaleForConditionalGeneration(VisualPath, PreTrainedModel, Generation
         self,
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
-        media: VisualInputs,
+        media: MediaInputs,
         past_key_values: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Text embeddings with the media in their places, ``(B, S, D)``, and the pictures' tokens ``(I, N, D)``."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ShapeError("give exactly one of input_ids and inputs_embeds")
         if input_ids is None:
-            if media.pictures is not None or media.frames is not None:
-                raise ShapeError("pictures and videos need input_ids, whose placeholders say where they go")
+            if media.pictures is not None or media.frames is not None or media.sounds is not None:
+                raise ShapeError("pictures, videos and sounds need input_ids, whose placeholders say where they go")
             assert inputs_embeds is not None
             return inputs_embeds, None
         embeds: Tensor = self.get_input_embeddings()(input_ids)
         images, videos = self.visual_embeddings(media)
+        sounds = self._audio_embeddings(media)
         prefill = past_key_values is None or past_key_values.get_seq_length() == 0
-        for kind, tokens in (("image", images), ("video", videos)):
+        for kind, tokens in (("image", images), ("video", videos), ("audio", sounds)):
             placeholder_id = getattr(self.config, f"{kind}_token_id")
             if tokens is not None:
                 embeds = splice(embeds, input_ids, placeholder_id, tokens.view(-1, tokens.shape[-1]), kind=kind)
             elif prefill and input_ids.device.type == "cpu":
                 check_count((input_ids == placeholder_id).sum(), 0, kind=kind)
         return embeds, images
+
+    def _audio_embeddings(self, media: MediaInputs) -> Tensor | None:
+        """Tokens of all sounds ``(sum of M, D)``; None where there are none."""
+        if media.sounds is None:
+            return None
+        found = media.sounds
+        return torch.cat(self.get_audio_features(found.values, found.lengths, media.audio_grids, step=media.step))
 
     def decode(
         self, embeds: Tensor, cu_seq_lens: Tensor | None, *, attention_mask: Tensor | None, **kwargs: Any
@@ -271,55 +291,15 @@ class LlavaScaleForConditionalGeneration(VisualPath, PreTrainedModel, Generation
             )
         return self.question_encoder(texts)
 
-    def _touch(self, media: VisualInputs) -> Tensor | float:
+    def _touch(self, media: MediaInputs) -> Tensor | float:
         """Zero that depends on every trainable modality parameter that this pass has not used.
 
         Ranks whose rows hold text only then still take part in every gradient exchange, at no cost.
         """
         unused = self.unused_parameters(media) if torch.is_grad_enabled() else []
+        if media.sounds is None and torch.is_grad_enabled():
+            unused += self.audio_parameters()
         return sum((0.0 * parameter.flatten()[:1].sum() for parameter in unused if parameter.requires_grad), 0.0)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        is_first_iteration: bool = False,
-        use_cache: bool = True,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Inputs of one step of ``generate``; pictures only go in while the cache does not hold them yet."""
-        media = {name: kwargs.pop(name, None) for name in MEDIA_INPUTS}
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
-        )
-        return {**inputs, **media} if is_first_iteration or not use_cache else inputs
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
-    ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Repeat each row for beams and several answers, with all of its media and questions behind each copy."""
-        media = {name: kwargs.pop(name) for name in MEDIA_INPUTS if name in kwargs}
-        if expand_size > 1 and input_ids is not None:
-            media = self._repeat_media(media, input_ids, expand_size)
-        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
-        return input_ids, {**kwargs, **media}
-
-    def _repeat_media(self, media: dict[str, Any], input_ids: Tensor, copies: int) -> dict[str, Any]:
-        """Media of ``copies`` of each row of ``input_ids``."""
-        pixels, frames = media.get("pixel_values"), media.get("pixel_values_videos")
-        per_row = (input_ids == self.config.image_token_id).sum(1) // self.num_visual_tokens()
-        order = _repeated(per_row.tolist(), copies)
-        repeated = dict(media)
-        if pixels is not None:
-            repeated["pixel_values"] = pixels[order]
-        if frames is not None:
-            if media.get("video_grids") is not None or len(input_ids) > 1:
-                raise ConfigError("beams and several answers to videos are not supported; ask for one answer at a time")
-            repeated["pixel_values_videos"] = frames.repeat(copies, 1, 1, 1)
-            repeated["video_grids"] = [(len(frames), *self._frame_grid)] * copies
-        for name in ("instruction_ids", "instruction_mask"):
-            if media.get(name) is not None:
-                repeated[name] = media[name][order]
-        return repeated
 
     def _init_weights(self, module: nn.Module) -> None:
         """Fresh weights of our own parts; each transformers model inside draws its own."""
@@ -351,14 +331,19 @@ class LlavaScaleForConditionalGeneration(VisualPath, PreTrainedModel, Generation
         return self.language_model.base_model  # type: ignore[no-any-return]
 
 
-def _repeated(per_row: Sequence[int], copies: int) -> list[int]:
-    """Numbers of the media of each row, ``copies`` times before those of the next row."""
-    order: list[int] = []
-    start = 0
-    for count in per_row:
-        order += [*range(start, start + count)] * copies
-        start += count
-    return order
+def _as_grids(grids: Sequence[Grid] | Tensor | None) -> Sequence[Grid] | None:
+    """Grids as plain numbers; the processor gives them as a tensor ``(media, 3)``, which ``generate`` can carry."""
+    if isinstance(grids, Tensor):
+        return [(frames, rows, cols) for frames, rows, cols in grids.tolist()]
+    return grids
+
+
+def _as_sounds(values: Tensor | None, lengths: Tensor | None) -> AudioFeatures | None:
+    if values is None:
+        return None
+    if lengths is None:
+        raise ShapeError("audio_values need audio_lengths, the samples in each window")
+    return AudioFeatures(values, lengths)
 
 
 def build_tower(config: LlavaScaleConfig, model: PreTrainedModel | None = None) -> VisionTower:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import CLIPTextConfig, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import CLIPTextConfig, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, WhisperConfig
+
+from llava_scale.towers.audio import TransformersAudioTower
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,6 +58,11 @@ class TinySizes:
         text_kv_heads: Key/value heads of the language model.
         mlp_ratio: Width of the feed-forward layers over the width of the model.
         max_positions: Longest text in tokens.
+        audio_width: Width of the audio tower.
+        audio_layers: Layers of the audio tower.
+        audio_heads: Attention heads of the audio tower.
+        audio_bins: Mel bins that it hears.
+        audio_window_s: Seconds of its window.
     """
 
     image_size: int = 48
@@ -69,7 +76,15 @@ class TinySizes:
     text_kv_heads: int = 4
     mlp_ratio: int = 3
     max_positions: int = 4096
+    audio_width: int = 64
+    audio_layers: int = 2
+    audio_heads: int = 4
+    audio_bins: int = 64
+    audio_window_s: int = 3
 
+
+TINY_AUDIO_POOL = 8
+"""Features that become one token in the preset where no audio compressor is set: 12 tokens for 2 seconds."""
 
 INITIALIZER_RANGE = 0.06
 """Larger than the usual 0.02: at these widths attention would else start uniform and take long to leave that."""
@@ -93,6 +108,28 @@ def tiny_vision_config(sizes: TinySizes = TINY) -> CLIPVisionConfig:
         image_size=sizes.image_size,
         patch_size=sizes.patch_size,
     )
+
+
+def tiny_audio_tower(sizes: TinySizes = TINY) -> TransformersAudioTower:
+    """A small Whisper-like encoder with fresh weights: 50 features a second, every frequency in each of them."""
+    config = WhisperConfig(
+        d_model=sizes.audio_width,
+        encoder_layers=sizes.audio_layers,
+        encoder_attention_heads=sizes.audio_heads,
+        encoder_ffn_dim=sizes.audio_width * sizes.mlp_ratio,
+        num_mel_bins=sizes.audio_bins,
+        max_source_positions=50 * sizes.audio_window_s,
+        decoder_layers=1,
+        vocab_size=8,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    extractor = {"feature_size": sizes.audio_bins, "chunk_length": sizes.audio_window_s}
+    return TransformersAudioTower(config, extractor=extractor, window_seconds=sizes.audio_window_s)
 
 
 def tiny_instruction_config(vocab_size: int, sizes: TinySizes = TINY) -> CLIPTextConfig:

@@ -1,38 +1,38 @@
-"""Text and pictures to model inputs, and everything the data layer needs of the model."""
+"""Text and media to model inputs, and everything the data layer needs of the model."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from llava_scale.compressors import token_count
 from llava_scale.compressors.blocks import find_blocks
+from llava_scale.data.audio import AudioTransform
 from llava_scale.data.chat import ChatEncoder
 from llava_scale.data.media import ImageTransform
+from llava_scale.data.sampling import FrameSampling
+from llava_scale.data.video import VideoTransform
 from llava_scale.errors import ConfigError, ShapeError
-from llava_scale.model.tokens import ImageTokenCounter
+from llava_scale.model.audible import audio_token_count
+from llava_scale.model.media_inputs import Picture, Sound, SoundTransform, Video, flatten, read_media
+from llava_scale.model.tokens import MediaCounter
 from llava_scale.model.visual import compressor_section
+from llava_scale.towers.audio_description import build_audio_frontend
 from llava_scale.towers.instruction import encode_questions, longest_question
-from llava_scale.types import PLACEHOLDERS, MediaInfo
+from llava_scale.types import PLACEHOLDERS, MediaKind
 
 if TYPE_CHECKING:
     from llava_scale.model.configuration import LlavaScaleConfig
     from llava_scale.model.modeling import LlavaScaleForConditionalGeneration
     from llava_scale.towers import VisionTower
+    from llava_scale.towers.audio_base import AudioFrontend
     from llava_scale.towers.instruction import Encoded
-
-Picture = Union[Image.Image, str, Path, bytes, "np.ndarray[Any, Any]", Tensor]
-"""A Pillow image, a local path, an encoded file, a uint8 array ``(H, W, 3)`` or a uint8 tensor ``(3, H, W)``."""
 
 MAX_IMAGE_PIXELS = 100_000_000
 
@@ -52,6 +52,8 @@ class LlavaScaleProcessor(ProcessorMixin):
         image_mean: Per channel, of pixels in [0, 1]; its colour fills the padding.
         max_image_pixels: Larger pictures are refused before they are decoded.
         compressor: Fields of ``model.compressor``; None where all tokens stay.
+        video: Fields of ``model.video``: how frames of videos are chosen.
+        audio: Hearing part of the model's config; None for a model that does not hear.
         vision_num_blocks: Blocks of the vision tower, for compressors that work inside it.
         question_length: Tokens of a question that the instruction tower reads; 0 where none are read.
         chat_template_name: ``plain``, ``vicuna_v1`` or ``native``.
@@ -69,6 +71,8 @@ class LlavaScaleProcessor(ProcessorMixin):
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         max_image_pixels: int = MAX_IMAGE_PIXELS,
         compressor: dict[str, Any] | None = None,
+        video: dict[str, Any] | None = None,
+        audio: dict[str, Any] | None = None,
         vision_num_blocks: int = 0,
         question_length: int = 0,
         chat_template_name: str = "native",
@@ -82,6 +86,8 @@ class LlavaScaleProcessor(ProcessorMixin):
         self.image_mean = tuple(image_mean)
         self.max_image_pixels = max_image_pixels
         self.compressor = compressor
+        self.video = dict(video or {})
+        self.audio = audio
         self.vision_num_blocks = vision_num_blocks
         self.question_length = question_length
         self.question_tokenizer: PreTrainedTokenizerBase | None = None
@@ -129,6 +135,8 @@ class LlavaScaleProcessor(ProcessorMixin):
             image_aspect_ratio=config.image_aspect_ratio,
             image_mean=config.image_mean,
             compressor=config.compressor,
+            video=config.video,
+            audio=config.audio,
             vision_num_blocks=len(find_blocks(tower)) if in_tower else 0,
             question_length=longest_question(question_tokenizer, config.instruction_config)
             if question_tokenizer
@@ -163,6 +171,8 @@ class LlavaScaleProcessor(ProcessorMixin):
             image_mean=self.image_mean,
             max_image_pixels=self.max_image_pixels,
             compressor=self.compressor,
+            video=self.video,
+            audio=self.audio,
             vision_num_blocks=self.vision_num_blocks,
             question_length=self.question_length,
             chat_template_name=chat_template_name,
@@ -205,25 +215,56 @@ class LlavaScaleProcessor(ProcessorMixin):
         )
 
     @property
-    def token_counter(self) -> ImageTokenCounter:
+    def video_transform(self) -> VideoTransform:
+        """Encoded videos to uint8 squares."""
+        return VideoTransform(image=self.image_transform, sampling=FrameSampling(**self.video))
+
+    @cached_property
+    def audio_frontend(self) -> AudioFrontend | None:
+        """What makes features of sounds; None for a model that does not hear."""
+        return None if self.audio is None else build_audio_frontend(self.audio["tower"])
+
+    @property
+    def media_transforms(self) -> dict[MediaKind, Any]:
+        """Per kind that the model takes the way from an encoded file to its input, for the loader."""
+        transforms: dict[MediaKind, Any] = {"image": self.image_transform, "video": self.video_transform}
+        frontend = self.audio_frontend
+        if frontend is not None:
+            transforms["audio"] = SoundTransform(AudioTransform(sample_rate=frontend.sample_rate), frontend)
+        return transforms
+
+    @property
+    def token_counter(self) -> MediaCounter:
         """Token counts of media."""
         rows, cols = self.image_grid
         section = compressor_section(self.compressor)
-        count = None if section is None else token_count(section, num_blocks=self.vision_num_blocks)
-        return ImageTokenCounter(rows=rows, cols=cols, num_tokens=self.image_num_tokens, compressor=count)
+        return MediaCounter(
+            rows=rows,
+            cols=cols,
+            num_tokens=self.image_num_tokens,
+            compressor=None if section is None else token_count(section, num_blocks=self.vision_num_blocks),
+            sampling=self.video_transform.sampling,
+            frontend=self.audio_frontend,
+            audio_compressor=audio_token_count(self.audio),
+        )
 
     @property
     def model_input_names(self) -> list[str]:
         """Names of the model's inputs that this makes."""
         questions = ["instruction_ids", "instruction_mask"] if self.reads_questions else []
-        return ["input_ids", "attention_mask", "pixel_values", *questions]
+        sounds = [] if self.audio is None else ["audio_values", "audio_lengths", "audio_grids"]
+        pixels = ["pixel_values", "pixel_values_videos", "video_grids"]
+        return ["input_ids", "attention_mask", *pixels, *sounds, *questions]
 
     def __call__(
         self,
         text: str | Sequence[str] | None = None,
         images: Picture | Sequence[Picture] | Sequence[Sequence[Picture]] | None = None,
+        videos: Video | Sequence[Video] | Sequence[Sequence[Video]] | None = None,
+        audio: Sound | Sequence[Sound] | Sequence[Sequence[Sound]] | None = None,
         *,
         instructions: Sequence[str] | None = None,
+        sampling_rate: int = 0,
         add_special_tokens: bool = False,
         return_tensors: str = "pt",
         padding: bool = True,
@@ -232,23 +273,28 @@ class LlavaScaleProcessor(ProcessorMixin):
         """Inputs of ``generate`` and ``forward`` for one prompt or a batch of them.
 
         Args:
-            text: Prompts with one ``<image>`` for each picture, rendered with the chat template.
+            text: Prompts with one placeholder for each medium, rendered with the chat template.
             images: One picture, the pictures of all prompts in order of appearance, or a list for each prompt.
+            videos: The same of videos.
+            audio: The same of sounds.
             instructions: Question of each prompt, for models that read them: the user's turns without placeholders.
                 Without them the whole prompt is read, its special tokens left out.
+            sampling_rate: Of sounds given as samples; 0 for that of the audio tower. Files know theirs.
             add_special_tokens: Let the tokenizer add its own; the chat templates hold all that training saw.
             return_tensors: ``pt`` is what there is.
             padding: Rows of unequal length are always padded, on the left.
-            **unsupported: Other media and truncation are refused.
+            **unsupported: Truncation and what else other processors take is refused.
 
         Returns:
-            ``input_ids`` and ``attention_mask`` ``(B, S)`` and, with pictures, ``pixel_values`` uint8
-            ``(I, 3, H, W)`` and, for models that read questions, ``instruction_ids`` and ``instruction_mask``
-            ``(I, L)``.
+            ``input_ids`` and ``attention_mask`` ``(B, S)``; with pictures ``pixel_values`` uint8 ``(I, 3, H, W)``; with
+            videos ``pixel_values_videos`` uint8 ``(F, 3, H, W)`` and ``video_grids`` ``(V, 3)``; with sounds
+            ``audio_values``, ``audio_lengths`` and ``audio_grids``; and, for models that read questions,
+            ``instruction_ids`` and ``instruction_mask`` ``(I + V, L)``.
 
         Raises:
-            ShapeError: the numbers of placeholders and pictures differ.
+            ShapeError: the numbers of placeholders and media differ.
             ConfigError: an argument that this model has no use for.
+            SampleError: a medium that cannot be decoded, or that the model does not take.
         """
         refused = sorted(name for name, value in unsupported.items() if value not in (None, False, "left"))
         if refused or return_tensors != "pt" or not padding:
@@ -256,21 +302,51 @@ class LlavaScaleProcessor(ProcessorMixin):
         if text is None:
             raise ConfigError("the processor needs text; for pictures alone give '<image>'")
         prompts = [text] if isinstance(text, str) else list(text)
-        pictures = _flatten(images)
         encoded = self.tokenizer(prompts, add_special_tokens=add_special_tokens)["input_ids"]
-        found = sum(ids.count(self.image_token_id) for ids in encoded)
-        if found != len(pictures):
-            raise ShapeError(
-                f"the prompts hold {found} {self.image_token} placeholders, but {len(pictures)} pictures were given"
-            )
-        features: dict[str, Tensor] = self._pad([self._expand(ids) for ids in encoded])
-        if pictures:
-            features["pixel_values"] = torch.stack([self._picture(picture) for picture in pictures])
-            features |= self.question_inputs(self._questions_of(encoded, instructions))
+        given: dict[MediaKind, list[Any]] = {
+            "image": flatten(images),
+            "video": flatten(videos),
+            "audio": flatten(audio),
+        }
+        for kind, items in given.items():
+            self._check_number(kind, encoded, len(items))
+        media = read_media(self, given, sampling_rate=sampling_rate)
+        features: dict[str, Tensor] = self._pad([self._expand(ids, media.num_tokens) for ids in encoded])
+        features |= media.tensors
+        features |= self.question_inputs(self._questions_of(encoded, instructions))
         return BatchFeature(features)
 
+    def _check_number(self, kind: MediaKind, encoded: Sequence[list[int]], number: int) -> None:
+        token_id = self.chat_encoder.placeholder_ids[kind]
+        found = sum(ids.count(token_id) for ids in encoded)
+        if found != number:
+            name = "pictures" if kind == "image" else f"media of kind {kind}"
+            raise ShapeError(
+                f"the prompts hold {found} {PLACEHOLDERS[kind]} placeholders, but {number} {name} were given"
+            )
+
+    def _multimodal_inputs_from_conversations(
+        self, conversations: Sequence[Any], audio_loading_params: dict[str, Any], load_audio_from_video: bool = False
+    ) -> tuple[list[Any], list[Any], list[Any], dict[str, Any]]:
+        """Media of conversations as they are given, for ``apply_chat_template``; files are read by our own decoders."""
+        if load_audio_from_video:
+            raise ConfigError("load_audio_from_video is not taken; add the video as an audio entry of its own")
+        batch: dict[str, list[Any]] = {"image": [], "video": [], "audio": []}
+        for conversation in conversations:
+            found: dict[str, list[Any]] = {kind: [] for kind in batch}
+            for message in conversation:
+                content = message.get("content") or []
+                for block in content if isinstance(content, list | tuple) else []:
+                    kind = block.get("type")
+                    if kind in found:
+                        found[kind] += [block[name] for name in (kind, "url", "path") if block.get(name) is not None]
+            for kind, items in found.items():
+                batch[kind].append(items)
+        sounds = batch["audio"] if any(batch["audio"]) else []
+        return batch["image"], batch["video"], sounds, {}
+
     def _questions_of(self, encoded: Sequence[list[int]], instructions: Sequence[str] | None) -> list[str]:
-        """The question of each picture's prompt."""
+        """The question of each picture's prompt, then of each video's."""
         if not self.reads_questions:
             return []
         if instructions is None:
@@ -279,16 +355,21 @@ class LlavaScaleProcessor(ProcessorMixin):
             raise ShapeError(f"{len(encoded)} prompts need as many instructions, got {len(instructions)}")
         return [
             question
+            for kind in ("image", "video")
             for question, ids in zip(instructions, encoded, strict=True)
-            for _ in range(ids.count(self.image_token_id))
+            for _ in range(ids.count(self.chat_encoder.placeholder_ids[kind]))
         ]
 
-    def _expand(self, ids: Iterable[int]) -> list[int]:
-        """Repeat each picture's placeholder to its number of tokens."""
-        repeats = self.token_counter.count(MediaInfo(kind="image"), step=None).num_tokens
-        return list(
-            chain.from_iterable([token] * repeats if token == self.image_token_id else [token] for token in ids)
-        )
+    def _expand(self, ids: Iterable[int], counts: Mapping[MediaKind, Iterator[int]] | None = None) -> list[int]:
+        """Repeat each placeholder to its medium's number of tokens, taken from ``counts``; pictures need none."""
+        kind_of = {token_id: kind for kind, token_id in self.chat_encoder.placeholder_ids.items()}
+        picture = self.token_counter.visual(1, step=None).num_tokens
+        expanded: list[int] = []
+        for token in ids:
+            kind = kind_of.get(token)
+            repeats = 1 if kind is None else picture if kind == "image" or counts is None else next(counts[kind])
+            expanded += [token] * repeats
+        return expanded
 
     def _pad(self, rows: list[list[int]]) -> dict[str, Tensor]:
         longest = max(map(len, rows))
@@ -298,38 +379,3 @@ class LlavaScaleProcessor(ProcessorMixin):
             input_ids[number, longest - len(ids) :] = torch.tensor(ids, dtype=torch.long)
             attention_mask[number, longest - len(ids) :] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-    def _picture(self, picture: Picture) -> Tensor:
-        """One picture as the uint8 square that training would have seen."""
-        if isinstance(picture, str | Path):
-            picture = Path(picture).read_bytes()
-        if isinstance(picture, Image.Image):
-            picture = _lossless(picture)
-        if isinstance(picture, bytes):
-            return self.image_transform(picture)
-        if isinstance(picture, np.ndarray):
-            picture = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)
-        if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3:
-            raise ShapeError(
-                f"a picture must be uint8 RGB, (3, H, W) as a tensor or (H, W, 3) as an array, "
-                f"got {picture.dtype} {tuple(picture.shape)}"
-            )
-        return self.image_transform.from_tensor(picture)
-
-
-def _flatten(images: Any) -> list[Picture]:
-    if images is None:
-        return []
-    if not isinstance(images, list | tuple):
-        return [images]
-    return [picture for item in images for picture in _flatten(item)]
-
-
-def _lossless(picture: Image.Image) -> bytes:
-    """The picture as an encoded file, so that every kind of it is decoded by the same rules as in training."""
-    upright = ImageOps.exif_transpose(picture)
-    if upright.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"):
-        upright = upright.convert("RGB")
-    buffer = io.BytesIO()
-    upright.save(buffer, format="PNG", compress_level=0)
-    return buffer.getvalue()

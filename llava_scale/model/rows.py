@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llava_scale.errors import ShapeError
-
 if TYPE_CHECKING:
     from llava_scale.types import PackedRow
 
@@ -17,12 +15,7 @@ def row_inputs(row: PackedRow, *, device: torch.device | str | None = None) -> d
 
     Given a ``device``, the row's tensors are moved there as far as the model wants them there: labels and offsets stay
     where they are. For a row on the CPU the model then never waits for the accelerator.
-
-    Raises:
-        ShapeError: the row holds sounds, which this model does not read.
     """
-    if row.audio_values is not None:
-        raise ShapeError(f"this model reads images, videos and text, but row {row.keys[:3]}... holds sounds")
     target = row.input_ids.device if device is None else torch.device(device)
     inputs: dict[str, Any] = {
         "input_ids": row.input_ids.unsqueeze(0).to(target, non_blocking=True),
@@ -30,10 +23,11 @@ def row_inputs(row: PackedRow, *, device: torch.device | str | None = None) -> d
         "labels": row.labels.unsqueeze(0),
         "cu_seq_lens": row.cu_seq_lens,
         "video_grids": row.video_grids or None,
+        "audio_grids": row.audio_grids or None,
         "instructions": row.instructions or None,
         "step": row.step,
     }
-    for name in ("pixel_values", "pixel_values_videos"):
-        pixels = getattr(row, name)
-        inputs[name] = None if pixels is None else pixels.to(target, non_blocking=True)
+    for name in ("pixel_values", "pixel_values_videos", "audio_values", "audio_lengths"):
+        values = getattr(row, name)
+        inputs[name] = None if values is None else values.to(target, non_blocking=True)
     return inputs

@@ -35,7 +35,7 @@ from llava_scale.config.compressor import PoolConfig, QFormerConfig, RatioConfig
 from llava_scale.errors import ConfigError, ShapeError
 from llava_scale.towers import VisionTower
 from llava_scale.towers.instruction import InstructionTower
-from llava_scale.types import Grid
+from llava_scale.types import AudioFeatures, Grid
 
 if TYPE_CHECKING:
     from llava_scale.config import CompressorConfig
@@ -43,20 +43,24 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VisualInputs:
-    """Pictures and videos of a batch.
+class MediaInputs:
+    """Pictures, videos and sounds of a batch.
 
     Attributes:
         pictures: ``(I, 3, H, W)``, or None.
         frames: ``(F, 3, H, W)`` frames of all videos, or None.
         video_grids: Grid of each video; None for one video of all frames.
+        sounds: Windows of all sounds, or None.
+        audio_grids: Grid of each sound; None for one sound of all windows.
         step: Optimizer step of schedules; None at evaluation.
-        questions: Token ids and mask ``(I + videos, L)``, pictures first; None for none.
+        questions: Token ids and mask ``(I + videos + sounds, L)``, in this order; None for none.
     """
 
     pictures: Tensor | None = None
     frames: Tensor | None = None
     video_grids: Sequence[Grid] | None = None
+    sounds: AudioFeatures | None = None
+    audio_grids: Sequence[Grid] | None = None
     step: int | None = None
     questions: Encoded | None = None
 
@@ -194,7 +198,7 @@ class VisualPath:
             features = features._replace(tokens=self.projector(features.tokens))
         return features
 
-    def visual_embeddings(self, inputs: VisualInputs) -> tuple[Tensor | None, Tensor | None]:
+    def visual_embeddings(self, inputs: MediaInputs) -> tuple[Tensor | None, Tensor | None]:
         """Tokens of the pictures ``(I, M, D)`` and of all videos ``(sum of M, D)``; None where there are none."""
         images = videos = None
         num_pictures = 0 if inputs.pictures is None else len(inputs.pictures)
@@ -203,10 +207,11 @@ class VisualPath:
             images = self.get_image_features(inputs.pictures, step=inputs.step, questions=of_pictures)
         if inputs.frames is not None:
             grids = inputs.video_grids or None
+            of_videos = of_videos and _first(of_videos, 1 if grids is None else len(grids))
             videos = torch.cat(self.get_video_features(inputs.frames, grids, step=inputs.step, questions=of_videos))
         return images, videos
 
-    def unused_parameters(self, inputs: VisualInputs) -> list[nn.Parameter]:
+    def unused_parameters(self, inputs: MediaInputs) -> list[nn.Parameter]:
         """Parameters before the splice that a pass over ``inputs`` does not touch."""
         used = inputs.pictures is not None or inputs.frames is not None
         modules: list[Any] = [] if used else [self.vision_tower, self.compressor, self.projector]
@@ -271,6 +276,11 @@ def _no_graph(module: nn.Module) -> AbstractContextManager[Any]:
 def _join(x: Tensor, num_frames: int) -> Tensor:
     """``(V * T, N, ...)`` to ``(V, T * N, ...)``."""
     return x.reshape(x.shape[0] // num_frames, num_frames * x.shape[1], *x.shape[2:])
+
+
+def _first(questions: Encoded, number: int) -> Encoded:
+    ids, mask = questions
+    return ids[:number], mask[:number]
 
 
 def _split(questions: Encoded | None, num_pictures: int) -> tuple[Encoded | None, Encoded | None]:

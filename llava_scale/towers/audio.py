@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoFeatureExtractor, PreTrainedConfig
 
 from llava_scale.errors import CheckpointError, ConfigError, ShapeError, suggest
-from llava_scale.towers.audio_base import AudioFeatures, AudioFrontend, AudioTower, join_features, tokens_valid
+from llava_scale.towers.audio_base import AudioFrontend, AudioTower, join_features, tokens_valid
 from llava_scale.towers.audio_families import FAMILIES, Family, build, model_class
 from llava_scale.towers.beats_checkpoint import load_beats
+from llava_scale.types import AudioFeatures
 
 __all__ = [
     "AudioFeatures",

@@ -11,26 +11,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from llava_scale.errors import SampleError, ShapeError
-
-
-@dataclass(frozen=True, slots=True)
-class AudioFeatures:
-    """Windows of one or several sounds, ready for a tower.
-
-    Attributes:
-        values: float32 ``(W, ...)``; the second dimension is time and may be padded behind a window's end.
-        lengths: int64 ``(W,)``: samples of sound in each window, filled-up silence included.
-    """
-
-    values: Tensor
-    lengths: Tensor
+from llava_scale.types import AudioFeatures, stacked_windows
 
 
 class AudioFrontend(ABC):
@@ -97,7 +84,7 @@ class AudioFrontend(ABC):
         lengths = self.window_lengths(len(wave))
         wave = functional.pad(wave.float(), (0, sum(lengths) - len(wave)))
         windows = [self.features(window) for window in torch.split(wave, lengths)]
-        return AudioFeatures(_stacked(windows), torch.tensor(lengths))
+        return AudioFeatures(stacked_windows(windows), torch.tensor(lengths))
 
 
 class AudioTower(nn.Module):
@@ -148,21 +135,10 @@ class AudioTower(nn.Module):
 
 
 def join_features(sounds: Sequence[AudioFeatures]) -> AudioFeatures:
-    """Windows of several sounds as one batch, in order; shorter windows are padded with zeros at their end."""
-    windows = [window for sound in sounds for window in sound.values]
-    return AudioFeatures(_stacked(windows), torch.cat([sound.lengths for sound in sounds]))
+    """Windows of several sounds as one batch (``AudioFeatures.joined``)."""
+    return AudioFeatures.joined(sounds)
 
 
 def tokens_valid(counts: Tensor, width: int) -> Tensor:
     """Bool ``(W, width)``: the first ``counts[i]`` places of row i."""
     return torch.arange(width, device=counts.device) < counts[:, None]
-
-
-def _stacked(windows: Sequence[Tensor]) -> Tensor:
-    longest = max(len(window) for window in windows)
-    if all(len(window) == longest for window in windows):
-        return torch.stack(list(windows))
-    stacked = windows[0].new_zeros(len(windows), longest, *windows[0].shape[1:])
-    for row, window in zip(stacked, windows, strict=True):
-        row[: len(window)] = window
-    return stacked

@@ -152,6 +152,7 @@ def build_parts(config: Config, device: torch.device, ranks: Ranks, skipped_log:
         "encoder": processor.chat_encoder,
         "counter": processor.token_counter,
         "image_transform": processor.image_transform,
+        "transforms": processor.media_transforms,
         "pin_memory": device.type == "cuda",
     }
     stream = open_stream(

@@ -20,10 +20,10 @@ from llava_scale.data.index import key_hash
 from llava_scale.data.loader import StreamingLoader, open_stream
 from llava_scale.data.media import ImageTransform
 from llava_scale.errors import SampleError
-from llava_scale.model.tokens import ImageTokenCounter
+from llava_scale.model.tokens import MediaCounter
 from llava_scale.types import PLACEHOLDERS, MediaInfo, MediaTokens, Sample, Turn
 
-COUNTER = ImageTokenCounter(rows=2, cols=3, num_tokens=6)
+COUNTER = MediaCounter(rows=2, cols=3, num_tokens=6)
 TRANSFORM = ImageTransform(size=8)
 
 

@@ -177,7 +177,7 @@ def test_a_second_stage_goes_on_from_a_checkpoint_with_another_template(tmp_path
     assert second.config.chat_template_name == "native"
     assert its_processor.chat_encoder.fingerprint() == fresh.chat_encoder.fingerprint()
     assert processor.chat_encoder.fingerprint() != fresh.chat_encoder.fingerprint()
-    with pytest.raises(ConfigError, match="only torch_dtype and compressor may be set"):
+    with pytest.raises(ConfigError, match="beside it only torch_dtype, compressor, video"):
         build_model(ModelConfig(init_from=str(tmp_path), image_size=32), chat_template="plain", seed=0)
 
 

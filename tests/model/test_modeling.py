@@ -181,10 +181,10 @@ def test_inputs_embeds_replace_text_but_not_pictures(tiny):
         model(inputs_embeds=embeds, pixel_values=pictures(model, 1))
 
 
-def test_a_row_of_sounds_is_refused(tiny):
-    row = packed_row([([5, 6], [5, 6])], audio_values=torch.zeros(1, 5))
-    with pytest.raises(ShapeError, match="holds sounds"):
-        row_inputs(row)
+def test_a_model_that_does_not_hear_refuses_sounds(tiny):
+    row = packed_row([([5, 6], [5, 6])], audio_values=torch.zeros(1, 5), audio_lengths=torch.tensor([5]))
+    with pytest.raises(ShapeError, match="does not hear"):
+        tiny[0](**row_inputs(row))
 
 
 def test_labels_and_offsets_may_stay_on_the_host(tiny, row):

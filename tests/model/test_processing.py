@@ -103,8 +103,6 @@ def test_nested_pictures_are_taken_in_order(processor):
     "arguments",
     [
         {"truncation": True},
-        {"videos": ["x"]},
-        {"audio": ["x"]},
         {"return_tensors": "np"},
         {"padding": False},
         {"padding_side": "right"},
@@ -190,8 +188,8 @@ def test_the_counter_is_plain_numbers(processor):
     assert pickle.loads(pickle.dumps(counter)) == counter
     tokens = counter.count(MediaInfo(kind="image", width=640, height=480), step=None)
     assert (tokens.grid, tokens.num_tokens) == ((1, ROWS, ROWS), TOKENS)
-    with pytest.raises(SampleError, match="holds video"):
-        counter.count(MediaInfo(kind="video"), step=3)
+    with pytest.raises(SampleError, match="holds audio"):
+        counter.count(MediaInfo(kind="audio", duration_s=1.0), step=3)
 
 
 def test_the_counter_keeps_the_promise_of_the_model(tiny):
