@@ -15,6 +15,7 @@ _COMMANDS = (
     "estimate",
     "use",
     "serve",
+    "demo",
     "show",
     "eval",
     "interop",
