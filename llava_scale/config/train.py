@@ -60,7 +60,7 @@ class LoraConfig:
 class TrainConfig:
     """What is trained, for how long, at which rates."""
 
-    stage: Literal["align", "instruct"] = "instruct"
+    stage: Literal["align", "instruct", "align_audio", "instruct_av"] = "instruct"
     """``align`` trains projector and compressors; ``instruct`` also the language model."""
     trainable: dict[str, float] = Field(default_factory=dict)
     """Regular expression on parameter names -> learning rate (0 freezes); later rules win over the stage's."""

@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 STAGES: dict[str, tuple[str, ...]] = {
     "align": (r"(?!language_model\.|\w*tower\.)",),
     "instruct": (r"(?!\w*tower\.)",),
+    "align_audio": (r"audio_(projector|compressor)\.",),
+    "instruct_av": (r"(?!vision_tower\.|instruction_tower\.)",),
 }
 """Regular expressions (matched at the start of a parameter's name) that each stage trains at the peak rate: what lies
-between towers and language model, and the language model itself."""
+between towers and language model, and the language model itself; the same for sounds alone; all but the towers that see
+and read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

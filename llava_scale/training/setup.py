@@ -249,8 +249,10 @@ def _add_adapters(model: nn.Module, config: Config, device: torch.device, ranks:
         if unused:
             raise ConfigError(f"train.lora.{unused[0]} needs adapters: set train.lora.rank, for example to 16")
         return
-    if config.train.stage == "align":
-        raise ConfigError("train.lora.rank adapts the language model, which stage align leaves alone; use instruct")
+    if config.train.stage in ("align", "align_audio"):
+        raise ConfigError(
+            f"train.lora.rank adapts the language model, which stage {config.train.stage} leaves alone; use instruct"
+        )
     if lora.quantize and ranks.size > 1 and config.train.parallel.strategy == "fsdp2":
         raise ConfigError("weights in four bits cannot be sharded; use train.parallel.strategy=ddp")
     add_adapters(model, lora, device)

@@ -123,3 +123,26 @@ def test_a_count_below_one_and_an_unwritable_folder_are_refused(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write the synthetic data"):
         write_toy(tmp_path / "file", num_samples=1)
+
+
+def test_every_modality_is_written_as_real_files(tmp_path: Path):
+    write_toy(tmp_path, num_samples=30, num_test=2, modalities=("video_audio", "audio", "video"))
+    records = json.loads((tmp_path / "train.json").read_text())
+    kinds = {tuple(kind for kind in ("image", "video", "audio") if kind in record) for record in records}
+    assert kinds == {("video",), ("audio",), ("video", "audio")}
+    for record in records:
+        for kind in ("video", "audio"):
+            asked = record["conversations"][0]["value"].count(f"<{kind}>")
+            assert asked == len(record.get(kind, []))
+            assert all((tmp_path / path).stat().st_size > 500 for path in record.get(kind, []))
+
+
+def test_pictures_and_text_stay_what_they_were_beside_the_other_makers():
+    default = [make_sample("train", 5, number) for number in range(20)]
+    assert default == [make_sample("train", 5, number, ("text", "image")) for number in range(20)]
+    assert all(kind == "image" for sample in default for kind, _, _ in sample.media)
+
+
+def test_an_unknown_modality_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="unknown modality 'vidio'; did you mean 'video'"):
+        write_toy(tmp_path, num_samples=1, modalities=("vidio",))

@@ -102,3 +102,26 @@ def test_a_frozen_layer_that_recomputes_does_so_while_its_parts_stay_in_evaluati
     set_training_modes(model)
     assert model.language_model.training
     assert not model.language_model[1].training
+
+
+class Hearing(Composite):
+    def __init__(self) -> None:
+        super().__init__()
+        self.audio_tower = nn.Linear(2, 3)
+        self.audio_projector = nn.Linear(3, 5)
+
+
+def hearing_rates(**settings: object) -> dict[str, float]:
+    return plan_recipe(Hearing(), TrainConfig(learning_rate=1e-3, **settings)).learning_rates
+
+
+def test_align_audio_trains_the_audio_projector_only():
+    assert modules_of(hearing_rates(stage="align_audio")) == {"audio_projector"}
+    with pytest.raises(ConfigError, match="nothing is trained"):
+        rates(stage="align_audio")
+
+
+def test_instruct_av_leaves_only_the_vision_tower_alone():
+    found = hearing_rates(stage="instruct_av", trainable={r"audio_tower\.": 1e-5})
+    assert modules_of(found) == {"audio_tower", "audio_projector", "projector", "language_model"}
+    assert found["audio_tower.weight"] == 1e-5

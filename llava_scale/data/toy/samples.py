@@ -1,4 +1,4 @@
-"""A synthetic data set in LLaVA's format: pictures with questions that need them, several pictures, text alone.
+"""A synthetic data set in LLaVA's format: pictures, videos, sounds with questions that need them, and text alone.
 
 Sample i of a split depends only on (seed, split, i), so a larger set begins with the smaller one.
 """
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_scale.data.toy.clips import make_clip
 from llava_scale.data.toy.questions import (
     Question,
     ask_about_one,
@@ -20,11 +21,13 @@ from llava_scale.data.toy.questions import (
     tell_all,
 )
 from llava_scale.data.toy.scenes import Scene, Split, draw_scene, encode, render
-from llava_scale.errors import ConfigError
+from llava_scale.data.toy.sight_and_sound import make_sight_and_sound
+from llava_scale.data.toy.sounds import make_sound
+from llava_scale.errors import ConfigError, suggest
 from llava_scale.types import PLACEHOLDERS, MediaKind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 _NUM_TURNS = (1, 1, 1, 1, 1, 1, 2, 3)
 """Questions in a conversation, drawn with equal chances. Most have one: what earlier answers tell need not be seen."""
@@ -71,15 +74,26 @@ def make_text(rng: random.Random, split: Split, num_turns: int) -> ToySample:
     return ToySample((), different_questions(lambda: ask_without_picture(rng), num_turns))
 
 
-MAKERS: dict[Callable[[random.Random, Split, int], ToySample], float] = {
-    make_one_picture: 0.84,
-    make_two_pictures: 0.08,
-    make_text: 0.08,
+MAKERS: dict[str, dict[Callable[[random.Random, Split, int], ToySample], float]] = {
+    "image": {make_one_picture: 0.84, make_two_pictures: 0.08},
+    "text": {make_text: 0.08},
+    "video": {make_clip: 0.8},
+    "audio": {make_sound: 0.8},
+    "video_audio": {make_sight_and_sound: 0.8},
 }
-"""Makers of samples with their shares; other modalities are added here."""
+"""Makers of samples by modality, with their shares relative to each other."""
+
+DEFAULT_MODALITIES = ("image", "text")
 
 
-def write_toy(out: str | Path, *, num_samples: int, num_test: int = 0, seed: int = 0) -> ToyResult:
+def write_toy(
+    out: str | Path,
+    *,
+    num_samples: int,
+    num_test: int = 0,
+    seed: int = 0,
+    modalities: Sequence[str] = DEFAULT_MODALITIES,
+) -> ToyResult:
     """Write ``train.json``, ``test.json`` and ``media/`` into ``out``.
 
     The combinations of things in test pictures never occur in training pictures
@@ -92,10 +106,12 @@ def write_toy(out: str | Path, *, num_samples: int, num_test: int = 0, seed: int
         num_samples: Training samples.
         num_test: Test samples; a tenth of the training samples, at least 20, if 0.
         seed: Seed of everything.
+        modalities: Which of ``MAKERS`` to draw from.
 
     Raises:
-        ConfigError: a count below 1, or a folder that cannot be written.
+        ConfigError: a count below 1, an unknown modality, or a folder that cannot be written.
     """
+    _check_modalities(modalities)
     if num_samples < 1 or num_test < 0:
         raise ConfigError(f"num_samples must be at least 1 and num_test at least 0, got {num_samples} and {num_test}")
     folder = Path(out)
@@ -103,7 +119,7 @@ def write_toy(out: str | Path, *, num_samples: int, num_test: int = 0, seed: int
     try:
         (folder / "media").mkdir(parents=True, exist_ok=True)
         for split, number in counts.items():
-            records = [_write_sample(folder, split, seed, i) for i in range(number)]
+            records = [_write_sample(folder, split, seed, i, modalities) for i in range(number)]
             (folder / f"{split}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write the synthetic data into {folder}: {error.strerror}") from None
@@ -115,10 +131,11 @@ def write_toy(out: str | Path, *, num_samples: int, num_test: int = 0, seed: int
     )
 
 
-def make_sample(split: Split, seed: int, number: int) -> ToySample:
-    """Sample ``number`` of a split."""
+def make_sample(split: Split, seed: int, number: int, modalities: Sequence[str] = DEFAULT_MODALITIES) -> ToySample:
+    """Sample ``number`` of a split; ``modalities`` in another order draw the same."""
     rng = random.Random(f"{seed}/{split}/{number}")
-    (maker,) = rng.choices(tuple(MAKERS), tuple(MAKERS.values()))
+    makers = {maker: share for name, group in MAKERS.items() if name in modalities for maker, share in group.items()}
+    (maker,) = rng.choices(tuple(makers), tuple(makers.values()))
     turns = rng.choice(_NUM_TURNS)
     sample = maker(rng, split, turns)
     while not sample.questions:
@@ -126,9 +143,17 @@ def make_sample(split: Split, seed: int, number: int) -> ToySample:
     return sample
 
 
-def _write_sample(folder: Path, split: Split, seed: int, number: int) -> dict[str, Any]:
+def _check_modalities(modalities: Sequence[str]) -> None:
+    for name in modalities:
+        if name not in MAKERS:
+            raise ConfigError(f"unknown modality {name!r}; {suggest(name, MAKERS)}")
+    if not modalities:
+        raise ConfigError(f"name at least one modality of {', '.join(MAKERS)}")
+
+
+def _write_sample(folder: Path, split: Split, seed: int, number: int, modalities: Sequence[str]) -> dict[str, Any]:
     """Write the media of one sample and return its record."""
-    sample = make_sample(split, seed, number)
+    sample = make_sample(split, seed, number, modalities)
     name = f"{split}-{number:06d}"
     record: dict[str, Any] = {"id": name}
     for place, (kind, extension, data) in enumerate(sample.media):
