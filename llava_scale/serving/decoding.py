@@ -269,11 +269,12 @@ def join_inputs(inputs: Sequence[dict[str, Any]], device: torch.device) -> dict[
 
 
 def _equally_wide(parts: list[Tensor]) -> list[Tensor]:
-    """Rows of token ids filled up with zeros to the longest; anything else as it is."""
-    if parts[0].ndim != 2:
+    """Rows of token ids, and windows of sound, filled up with zeros to the longest; pictures are equal as they are."""
+    if parts[0].ndim < 2:
         return parts
     width = max(part.shape[1] for part in parts)
-    return [torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in parts]
+    behind = (0, 0) * (parts[0].ndim - 2)
+    return [torch.nn.functional.pad(part, (*behind, 0, width - part.shape[1])) for part in parts]
 
 
 def _common(kept: Kept, prompt: Prompt) -> int:

@@ -17,7 +17,7 @@ from llava_scale.data.collate import instruction_of
 from llava_scale.data.media import probe
 from llava_scale.data.records import parse_record
 from llava_scale.errors import SampleError
-from llava_scale.types import MEDIA_KINDS, MediaInfo, MediaKind, Turn
+from llava_scale.types import MEDIA_KINDS, AudioFeatures, MediaInfo, MediaKind, Turn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,7 @@ class Prompt:
 
     Attributes:
         input_ids: Token ids; each medium's placeholder repeated to its number of tokens.
-        pictures: Encoded pictures in order of appearance.
+        media: Kind, encoded file and header of each medium, in order of appearance.
         media_spans: First position and number of tokens of each medium, in order of appearance.
         question: The user's turns without placeholders, for models that read them beside the pictures.
         num_features: Tokens that all media had before compression.
@@ -62,15 +62,20 @@ class Prompt:
     """
 
     input_ids: list[int]
-    pictures: tuple[bytes, ...] = ()
+    media: tuple[tuple[MediaKind, bytes, MediaInfo], ...] = ()
     media_spans: tuple[tuple[int, int], ...] = ()
     question: str = ""
     num_features: int = 0
     signature: tuple[int, ...] = ()
 
+    @property
+    def pictures(self) -> tuple[bytes, ...]:
+        """Encoded pictures in order of appearance."""
+        return tuple(data for kind, data, _ in self.media if kind == "image")
+
 
 def make_prompt(request: GenerationRequest, processor: LlavaScaleProcessor) -> Prompt:
-    """Tokenise a request as training did; pictures are probed, not decoded.
+    """Tokenise a request as training did; media are probed, not decoded.
 
     Raises:
         SampleError: turns out of order, placeholders and media that differ in number, a medium that cannot be read or
@@ -84,6 +89,7 @@ def make_prompt(request: GenerationRequest, processor: LlavaScaleProcessor) -> P
     input_ids: list[int] = []
     signature: list[int] = []
     spans: list[tuple[int, int]] = []
+    found: list[tuple[MediaKind, bytes, MediaInfo]] = []
     question = instruction_of(turns)
     num_features = 0
     look = f"{processor.compressor}\n{question if processor.reads_questions else ''}"
@@ -94,15 +100,17 @@ def make_prompt(request: GenerationRequest, processor: LlavaScaleProcessor) -> P
             signature.append(token_id)
             continue
         data = next(waiting[kind])
-        tokens = counter.count(_info(kind, data), step=None)
+        info = _info(kind, data)
+        tokens = counter.count(info, step=None)
+        found.append((kind, data, info))
         count = tokens.num_tokens
         num_features += prod(tokens.grid)
         spans.append((len(input_ids), count))
         input_ids += [token_id] * count
-        signature += [_look(data, look)] * count
+        signature += [_look(data, f"{kind}\n{look}")] * count
     return Prompt(
         input_ids=input_ids,
-        pictures=tuple(media["image"]),
+        media=tuple(found),
         media_spans=tuple(spans),
         question=question,
         num_features=num_features,
@@ -116,15 +124,28 @@ def load_media(prompt: Prompt, processor: LlavaScaleProcessor) -> Callable[[int]
     Raises:
         SampleError: one cannot be decoded.
     """
-    pixels = decode_pictures(prompt, processor)
-    question = processor.question_inputs([prompt.question]) if pixels else {}
+    transforms = processor.media_transforms
+    loaded = []
+    for (kind, data, info), (start, _) in zip(prompt.media, prompt.media_spans, strict=True):
+        made = transforms[kind](data) if kind == "image" else transforms[kind](data, planned=info)
+        grid = processor.token_counter.count(info, step=None).grid
+        loaded.append((start, kind, made, grid))
+    question = processor.question_inputs([prompt.question]) if loaded else {}
 
     def inputs(first: int) -> dict[str, Any]:
-        rest = [picture for picture, (start, _) in zip(pixels, prompt.media_spans, strict=True) if start >= first]
-        if not rest:
-            return {}
-        questions = {name: value.expand(len(rest), -1) for name, value in question.items()}
-        return {"pixel_values": torch.stack(rest), **questions}
+        rest = {kind: [(x, grid) for at, of, x, grid in loaded if of == kind and at >= first] for kind in MEDIA_KINDS}
+        made: dict[str, Any] = {}
+        if rest["image"]:
+            made["pixel_values"] = torch.stack([picture for picture, _ in rest["image"]])
+        if rest["video"]:
+            made["pixel_values_videos"] = torch.cat([video.data for video, _ in rest["video"]])
+            made["video_grids"] = [grid for _, grid in rest["video"]]
+        if rest["audio"]:
+            windows = AudioFeatures.joined([sound for sound, _ in rest["audio"]])
+            made |= {"audio_values": windows.values, "audio_lengths": windows.lengths}
+            made["audio_grids"] = [grid for _, grid in rest["audio"]]
+        number = len(rest["image"]) + len(rest["video"])
+        return made | ({name: value.expand(number, -1) for name, value in question.items()} if number else {})
 
     return inputs
 

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from llava_scale.config import ModelConfig
+from llava_scale.data.toy.sight_and_sound import make_sight_and_sound
+from llava_scale.data.toy.sounds import make_sound
+from llava_scale.errors import SampleError
+from llava_scale.model import build_model
+from llava_scale.serving.engine import Engine, GenerationRequest
+from llava_scale.serving.prompts import make_prompt
+from llava_scale.types import Turn
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return build_model(ModelConfig(preset="tiny", audio_tower="tiny"), chat_template="native", seed=3)
+
+
+@pytest.fixture(scope="module")
+def requests():
+    video, sound = (data for _, _, data in make_sight_and_sound(random.Random(1), "train", 1).media)
+    other = make_sound(random.Random(2), "train", 1).media[0][2]
+    return [
+        GenerationRequest(turns=(Turn("user", "which one?"),), media={"video": (video,), "audio": (sound,)}),
+        GenerationRequest(turns=(Turn("user", "<audio> or <audio>"),), media={"audio": (sound, other)}),
+        GenerationRequest(turns=(Turn("user", "hello"),)),
+        GenerationRequest(turns=(Turn("user", "which one?"),), media={"video": (video,)}),
+    ]
+
+
+def test_videos_and_sounds_in_one_batch_are_answered_as_alone(parts, requests):
+    engine = Engine(*parts)
+    alone = [engine.generate([request], max_new_tokens=6)[0] for request in requests]
+    assert engine.generate(requests, max_new_tokens=6, batch_size=4) == alone
+
+
+def test_a_prompt_is_what_the_processor_makes(parts, requests):
+    model, processor = parts
+    prompt = make_prompt(requests[0], processor)
+    media = requests[0].media
+    turns = [{"type": "video", "video": media["video"][0]}, {"type": "audio", "audio": media["audio"][0]}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": [*turns, {"type": "text", "text": "which one?"}]}],
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
+        return_tensors="pt",
+    )
+    for kind in ("video", "audio"):
+        token = getattr(model.config, f"{kind}_token_id")
+        assert prompt.input_ids.count(token) == int((inputs["input_ids"] == token).sum()) > 0
+
+
+def test_a_model_that_does_not_hear_says_so(requests):
+    engine = Engine(*build_model(ModelConfig(preset="tiny"), chat_template="native", seed=3))
+    with pytest.raises(SampleError, match="audio"):
+        engine.generate(requests[:1], max_new_tokens=2)
