@@ -67,8 +67,9 @@ def run(
 ) -> None:
     """Answer a file of questions; a run that was cut off goes on where it was.
 
-    A line of IN: {"id": ..., "image": "a.jpg" or ["a.jpg", "b.jpg"], "question": "..."}, or "conversations" as in
-    LLaVA's JSON, ending with a human turn. OUT repeats it with "answer" or "error".
+    A line of IN: {"id": ..., "image": "a.jpg" or ["a.jpg", "b.jpg"], "question": "..."}, with "video" and
+    "audio" likewise, or "conversations" as in LLaVA's JSON, ending with a human turn. OUT repeats it with "answer" or
+    "error".
     """
     from llava_scale.errors import ConfigError
     from llava_scale.serving.batch import answer_file

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_scale.errors import ConfigError, SampleError
 from llava_scale.serving.prompts import GenerationRequest
-from llava_scale.types import Turn
+from llava_scale.types import MEDIA_KINDS, MediaKind, Turn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from llava_scale.serving.engine import Engine
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_FIELDS = ("id", "image", "question", "conversations")
+_FIELDS = ("id", "image", "video", "audio", "question", "conversations")
 _BATCHES_AT_ONCE = 16  # lines share one running batch within these, and are written out after them
 
 
@@ -120,11 +120,6 @@ def read_request(record: dict[str, Any], media_root: Path) -> GenerationRequest:
     Raises:
         SampleError: a field is missing, doubled or of the wrong type.
     """
-    images = record.get("image", [])
-    if isinstance(images, str):
-        images = [images]
-    if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
-        raise SampleError("'image' must be a path or a list of paths")
     if ("question" in record) == ("conversations" in record):
         raise SampleError("give exactly one of 'question' and 'conversations'")
     if "question" in record:
@@ -133,7 +128,16 @@ def read_request(record: dict[str, Any], media_root: Path) -> GenerationRequest:
         turns: tuple[Turn, ...] = (Turn("user", record["question"]),)
     else:
         turns = tuple(_turns(record["conversations"]))
-    return GenerationRequest(turns=turns, media={"image": [media_root / path for path in images]})
+    return GenerationRequest(turns=turns, media={kind: _paths(record, kind, media_root) for kind in MEDIA_KINDS})
+
+
+def _paths(record: dict[str, Any], kind: MediaKind, media_root: Path) -> list[Path]:
+    paths = record.get(kind, [])
+    if isinstance(paths, str):
+        paths = [paths]
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise SampleError(f"{kind!r} must be a path or a list of paths")
+    return [media_root / path for path in paths]
 
 
 def _turns(messages: Any) -> Iterator[Turn]:

@@ -9,6 +9,8 @@ from llava_scale.data.toy.sight_and_sound import make_sight_and_sound
 from llava_scale.data.toy.sounds import make_sound
 from llava_scale.errors import SampleError
 from llava_scale.model import build_model
+from llava_scale.serving.batch import read_request
+from llava_scale.serving.chat import AnswerSettings, ChatSession
 from llava_scale.serving.engine import Engine, GenerationRequest
 from llava_scale.serving.prompts import make_prompt
 from llava_scale.types import Turn
@@ -52,6 +54,24 @@ def test_a_prompt_is_what_the_processor_makes(parts, requests):
     for kind in ("video", "audio"):
         token = getattr(model.config, f"{kind}_token_id")
         assert prompt.input_ids.count(token) == int((inputs["input_ids"] == token).sum()) > 0
+
+
+def test_a_line_of_a_file_names_videos_and_sounds(tmp_path):
+    record = {"question": "which?", "video": "a.mp4", "audio": ["a.wav", "b.mp3"]}
+    request = read_request(record, tmp_path)
+    assert request.media["video"] == [tmp_path / "a.mp4"]
+    assert request.media["audio"] == [tmp_path / "a.wav", tmp_path / "b.mp3"]
+    with pytest.raises(SampleError, match="'audio' must be a path"):
+        read_request({"question": "which?", "audio": 3}, tmp_path)
+
+
+def test_a_conversation_takes_videos_and_sounds(parts, requests, tmp_path):
+    session = ChatSession(Engine(*parts), AnswerSettings(max_new_tokens=3))
+    for kind, name in (("video", "a.mp4"), ("audio", "a.wav")):
+        (tmp_path / name).write_bytes(requests[0].media[kind][0])
+        assert session.add(kind, tmp_path / name).duration_s > 1
+    "".join(session.ask("which one?"))
+    assert {kind: len(items) for kind, items in session.media.items()} == {"video": 1, "audio": 1}
 
 
 def test_a_model_that_does_not_hear_says_so(requests):
