@@ -105,7 +105,9 @@ def _matters(config: Config) -> dict[str, Any]:
 def _make_data(folder: Path, settings: dict[str, int]) -> None:
     from llava_scale.data.toy.samples import write_toy
 
-    result = write_toy(folder, **settings)
+    result = write_toy(
+        folder, num_samples=settings["num_samples"], num_test=settings["num_test"], seed=settings["seed"]
+    )
     typer.echo(f"{result.num_train:,} training and {result.num_test:,} test conversations in {folder}")
 
 
