@@ -60,9 +60,7 @@ def pack(
     shard_size: Annotated[int, typer.Option(min=1, help="Samples in a shard.")] = 1000,
     workers: Workers = 0,
     engine: Annotated[EngineName, typer.Option(help="Processes here, or a Ray cluster.")] = EngineName.pool,
-    image_size: Annotated[
-        int, typer.Option(min=0, help="Longer side of stored pictures; 0 copies them.")
-    ] = 0,
+    image_size: Annotated[int, typer.Option(min=0, help="Longer side of stored pictures; 0 copies them.")] = 0,
     image_aspect: Annotated[Aspect, typer.Option(help="With --image-size: pad or stretch to a square.")] = Aspect.pad,
     image_quality: Annotated[int, typer.Option(min=1, max=100, help="With --image-size: JPEG quality.")] = 92,
     image_background: Annotated[str, typer.Option(help="With --image-size: colour of padding.")] = "127,127,127",
