@@ -35,6 +35,7 @@ def evaluate(
     ranking: Annotated[int, typer.Option(min=0, help="Rank each caption among this many; 0 ranks none.")] = 0,
     ranking_task: Annotated[str, typer.Option(help="Rank samples whose 'task' is this.")] = "caption",
     blind_model: Annotated[bool, typer.Option(help="Also ask with plain pictures: what text alone gives.")] = True,
+    shuffle_frames: Annotated[bool, typer.Option(help="Also ask with the frames of videos in another order.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for eval.json and eval.html.")] = None,
     num_examples: Annotated[int, typer.Option("--examples", min=0, help="Answers kept with their pictures.")] = 48,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
@@ -71,7 +72,12 @@ def evaluate(
     from llava_scale.viz.scores import write_evaluation_page
 
     settings = EvalSettings(
-        limit=limit, blind_model=blind_model, ranking=ranking, ranking_task=ranking_task, num_examples=num_examples
+        limit=limit,
+        blind_model=blind_model,
+        shuffle_frames=shuffle_frames,
+        ranking=ranking,
+        ranking_task=ranking_task,
+        num_examples=num_examples,
     )
     dataset = open_dataset(data)
     engine = load_engine(checkpoint, device, dtype)
@@ -96,7 +102,10 @@ def asking(engine: Engine, *, max_new_tokens: int = 64, batch_size: int = 16) ->
     from llava_scale.serving.engine import GenerationRequest
 
     def generate(questions: Sequence[Question]) -> Sequence[str | SampleError]:
-        requests = [GenerationRequest(turns=question.turns, media=question.media) for question in questions]
+        requests = [
+            GenerationRequest(turns=question.turns, media=question.media, change=question.change)
+            for question in questions
+        ]
         return engine.try_generate(requests, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
     return generate
@@ -109,16 +118,21 @@ def print_scores(result: EvalResult) -> None:
 
     console = Console()
     if result.exact_match["overall"].total:
-        table = Table("", "questions", "exact match", "95 % interval", "blind", "blind model")
+        others = [(result.blind, result.blind_by_task), (result.blind_model, result.blind_model_by_task)]
+        names = ["blind", "blind model"]
+        if result.shuffled_frames:
+            others.append((result.shuffled_frames, result.shuffled_frames_by_task))
+            names.append("frames shuffled")
+        table = Table("", "questions", "exact match", "95 % interval", *names)
         for group, share in result.exact_match.items():
-            blind, blind_model = result.blind.get(group), result.blind_model.get(group)
-            table.add_row(*_score_cells(group, share, blind, blind_model))
+            table.add_row(*_score_cells(group, share, [shares.get(group) for shares, _ in others]))
         table.add_section()
         for group, share in result.by_task.items():
-            blind, blind_model = result.blind_by_task.get(group), result.blind_model_by_task.get(group)
-            table.add_row(*_score_cells(group, share, blind, blind_model))
+            table.add_row(*_score_cells(group, share, [shares.get(group) for _, shares in others]))
         console.print(table)
-        typer.echo("blind: most frequent answer to such a question; blind model: this one with plain pictures")
+        typer.echo(
+            "blind: most frequent answer to such a question; blind model: this one with plain pictures and silence"
+        )
     typer.echo(f"{result.num_samples:,} samples of {result.data}")
     if result.loss is not None:
         typer.echo(f"held-out loss {result.loss:.4f} nats a token ({result.num_supervised:,} supervised tokens)")
@@ -139,7 +153,7 @@ def print_scores(result: EvalResult) -> None:
         typer.echo(f"{len(result.skipped):,} samples or questions left out", err=True)
 
 
-def _score_cells(group: str, share: Share, blind: Share | None, blind_model: Share | None) -> list[str]:
+def _score_cells(group: str, share: Share, others: Sequence[Share | None]) -> list[str]:
     low, high = share.interval
-    others = ["" if other is None else f"{other.value:.1%}" for other in (blind, blind_model)]
-    return [group, f"{share.total:,}", f"{share.value:.1%}", f"{low:.1%} to {high:.1%}", *others]
+    cells = ["" if other is None else f"{other.value:.1%}" for other in others]
+    return [group, f"{share.total:,}", f"{share.value:.1%}", f"{low:.1%} to {high:.1%}", *cells]

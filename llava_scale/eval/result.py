@@ -68,8 +68,12 @@ class EvalResult:
         blind: Per modality with media: exact match of always giving the most frequent true answer to such questions,
             counted on this very data (see ``metrics.blind_matches``).
         blind_by_task: The same per task.
-        blind_model: Per modality with pictures: exact match of this model with every picture replaced by a plain one.
+        blind_model: Per modality with media: exact match of this model with pictures and frames of one colour and
+            silent sounds.
         blind_model_by_task: The same per task.
+        shuffled_frames: Per modality with videos, where it was asked for: exact match with their frames in another
+            order.
+        shuffled_frames_by_task: The same per task.
         ranking: Caption ranking, where it was asked for.
         examples: Answers to look at; wrong ones are favoured.
         skipped: Samples that could not be used.
@@ -88,6 +92,8 @@ class EvalResult:
     blind_by_task: dict[str, Share]
     blind_model: dict[str, Share]
     blind_model_by_task: dict[str, Share]
+    shuffled_frames: dict[str, Share] = field(default_factory=dict)
+    shuffled_frames_by_task: dict[str, Share] = field(default_factory=dict)
     ranking: CaptionRanking | None = None
     examples: tuple[Example, ...] = ()
     skipped: tuple[SkippedSample, ...] = ()
@@ -101,6 +107,8 @@ class EvalResult:
             "blind": {group: share.value for group, share in self.blind.items()},
             "blind_model": {group: share.value for group, share in self.blind_model.items()},
         }
+        if self.shuffled_frames:
+            names["shuffled_frames"] = {group: share.value for group, share in self.shuffled_frames.items()}
         if self.ranking is not None:
             names |= {"ranking_top1": self.ranking.top1.value, "ranking_top5": self.ranking.top5.value}
             names |= {"chance_top1": self.ranking.chance(1), "chance_top5": self.ranking.chance(5)}
@@ -108,7 +116,8 @@ class EvalResult:
 
     def to_json(self) -> dict[str, Any]:
         """As written to ``eval.json``; pictures by the names that ``write_result`` gives them."""
-        shares = ("exact_match", "by_task", "blind", "blind_by_task", "blind_model", "blind_model_by_task")
+        groups = ("exact_match", "blind", "blind_model", "shuffled_frames")
+        shares = ("by_task", *groups, *(f"{name}_by_task" for name in groups[1:]))
         plain = ("checkpoint", "data", "num_samples", "num_questions", "loss", "num_supervised")
         return {
             "format": FORMAT,

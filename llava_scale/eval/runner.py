@@ -37,7 +37,8 @@ class EvalSettings:
 
     Attributes:
         limit: Most samples, spread evenly over the data set; 0 takes all.
-        blind_model: Also ask with plain pictures.
+        blind_model: Also ask with plain pictures and silent sounds.
+        shuffle_frames: Also ask with the frames of videos in another order.
         ranking: Captions to rank among; 0 ranks none.
         ranking_task: Samples whose ``task`` is this take part in the ranking.
         num_examples: Answers to keep with their pictures.
@@ -46,6 +47,7 @@ class EvalSettings:
 
     limit: int = 0
     blind_model: bool = True
+    shuffle_frames: bool = False
     ranking: int = 0
     ranking_task: str = "caption"
     num_examples: int = 48
@@ -106,10 +108,11 @@ class _Answered:
     modality: str
     answer: str
     blind_answer: str | None
+    shuffled_answer: str | None
 
     @classmethod
-    def of(cls, question: Question, answer: str, blind_answer: str | None) -> _Answered:
-        return cls(replace(question, media={}), question.modality, answer, blind_answer)
+    def of(cls, question: Question, answer: str, blind: str | None, shuffled: str | None) -> _Answered:
+        return cls(replace(question, media={}), question.modality, answer, blind, shuffled)
 
     @property
     def correct(self) -> bool:
@@ -179,17 +182,27 @@ class _Evaluation:
     def _ask(self, questions: Sequence[Question]) -> None:
         with self._timed("answers"):
             answers = self.generate(questions)
-        seeing = [question for question in questions if question.modality == "image"]
-        blind: dict[int, str] = {}
-        if self.settings.blind_model and seeing:
-            with self._timed("blind answers"):
-                for question, guess in zip(seeing, self.blind(seeing), strict=True):
-                    blind[id(question)] = guess if isinstance(guess, str) else ""
+        blind = self._ask_again("blind answers", questions, self.blind) if self.settings.blind_model else {}
+        moving = [question for question in questions if question.media.get("video")]
+        shuffled = self._ask_again("shuffled frames", moving, self._shuffled) if self.settings.shuffle_frames else {}
         for question, answer in zip(questions, answers, strict=True):
             if isinstance(answer, SampleError):
                 self._skip(question.number, answer)
                 continue
-            self.answered.append(_Answered.of(question, answer, blind.get(id(question))))
+            again = blind.get(id(question)), shuffled.get(id(question))
+            self.answered.append(_Answered.of(question, answer, *again))
+
+    def _ask_again(self, part: str, questions: Sequence[Question], ask: Generate) -> dict[int, str]:
+        """Answers to the questions with media, by the identity of the question; "" where there is none."""
+        with_media = [question for question in questions if question.modality != "text"]
+        if not with_media:
+            return {}
+        with self._timed(part):
+            found = zip(with_media, ask(with_media), strict=True)
+            return {id(question): answer if isinstance(answer, str) else "" for question, answer in found}
+
+    def _shuffled(self, questions: Sequence[Question]) -> Sequence[str | SampleError]:
+        return self.generate([replace(question, change="shuffle") for question in questions])
 
     def _skip(self, number: int, error: SampleError) -> None:
         shard = error.shard or self.dataset.shard_name(self.dataset.locate(number)[0])
@@ -222,11 +235,8 @@ class _Evaluation:
         correct = {place: item.correct for place, item in enumerate(self.answered)}
         seen = {place: item for place, item in enumerate(self.answered) if item.modality != "text"}
         majority = _blind(seen)
-        guessed = {
-            place: exact_match(item.blind_answer, item.question.gold)
-            for place, item in seen.items()
-            if item.blind_answer is not None
-        }
+        guessed = _matches({place: (item.blind_answer, item.question.gold) for place, item in seen.items()})
+        shuffled = _matches({place: (item.shuffled_answer, item.question.gold) for place, item in seen.items()})
         return EvalResult(
             checkpoint=checkpoint,
             data=self.dataset.path,
@@ -240,6 +250,8 @@ class _Evaluation:
             blind_by_task=_shares(majority, tasks),
             blind_model=_shares(guessed, modalities, MODALITIES),
             blind_model_by_task=_shares(guessed, tasks),
+            shuffled_frames=_shares(shuffled, modalities, MODALITIES),
+            shuffled_frames_by_task=_shares(shuffled, tasks),
             ranking=ranking,
             examples=tuple(self._examples()),
             skipped=tuple(self.skipped),
@@ -292,6 +304,11 @@ def choose_examples(correct: Sequence[bool], number: int) -> list[int]:
     taken = [wrong[place] for place in spread(len(wrong), num_wrong)] if num_wrong else []
     taken += [right[place] for place in spread(len(right), num_right)] if num_right else []
     return sorted(taken)
+
+
+def _matches(answers: dict[int, tuple[str | None, str]]) -> dict[int, bool]:
+    """Which of the answers that were given are right."""
+    return {place: exact_match(answer, gold) for place, (answer, gold) in answers.items() if answer is not None}
 
 
 def _blind(answered: dict[int, _Answered]) -> dict[int, bool]:

@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from PIL import Image
 
@@ -16,8 +16,8 @@ from llava_scale.types import MEDIA_KINDS, PLACEHOLDERS, MediaKind, Turn
 if TYPE_CHECKING:
     from llava_scale.types import Sample
 
-MODALITIES = ("text", "image", "video", "audio")
-"""Groups of questions, in the order of tables; a question with several kinds of media counts under the last of them."""
+MODALITIES = ("text", "image", "video", "audio", "video_audio")
+"""Groups of questions, in the order of tables; other mixtures of media count under the last of their kinds."""
 
 _PLACEHOLDER = re.compile("|".join(map(re.escape, PLACEHOLDERS.values())))
 
@@ -33,6 +33,7 @@ class Question:
         media: Encoded media of these turns, per kind in order.
         gold: The true answer.
         task: The sample's ``task`` field, or empty.
+        change: What is done to the media before the model gets them: ``blank`` or ``shuffle`` (the frames of videos).
     """
 
     number: int
@@ -41,6 +42,7 @@ class Question:
     media: dict[MediaKind, tuple[bytes, ...]] = field(default_factory=dict)
     gold: str
     task: str = ""
+    change: Literal["", "blank", "shuffle"] = ""
 
     @property
     def text(self) -> str:
@@ -49,7 +51,9 @@ class Question:
 
     @property
     def modality(self) -> str:
-        """``text``, ``image`` (one or several), ``video`` or ``audio``."""
+        """``text``, ``image`` (one or several), ``video``, ``audio`` or ``video_audio``."""
+        if self.media.get("video") and self.media.get("audio"):
+            return "video_audio"
         present = [kind for kind in MEDIA_KINDS if self.media.get(kind)]
         return present[-1] if present else "text"
 
@@ -84,9 +88,9 @@ def questions_of(sample: Sample, number: int) -> list[Question]:
 
 
 class BlindGenerate:
-    """Asks with every picture replaced by a plain one, so that only the text can help.
+    """Asks with pictures and frames of one colour and silent sounds, so that only the text can help.
 
-    Questions that are then the same are asked once.
+    Questions about pictures that are then the same are asked once.
 
     Args:
         generate: Who answers.
@@ -99,16 +103,22 @@ class BlindGenerate:
         buffer = io.BytesIO()
         Image.new("RGB", (size, size), colour).save(buffer, format="PNG")
         self._plain = buffer.getvalue()
-        self._known: dict[tuple[tuple[Turn, ...], int], str | SampleError] = {}
+        self._known: dict[tuple[tuple[Turn, ...], int, int], str | SampleError] = {}
 
     def __call__(self, questions: Sequence[Question]) -> list[str | SampleError]:
         """Answers in the order of the questions."""
-        keys = [(question.turns, len(question.media.get("image", ()))) for question in questions]
+        keys = [self._key(question) for question in questions]
         new = {key: question for key, question in zip(keys, questions, strict=True) if key not in self._known}
         answers = self._generate([self._blinded(question) for question in new.values()]) if new else ()
         self._known.update(zip(new, answers, strict=True))
         return [self._known[key] for key in keys]
 
+    def _key(self, question: Question) -> tuple[tuple[Turn, ...], int, int]:
+        only_pictures = question.modality in ("text", "image")  # other media differ in length
+        return question.turns, len(question.media.get("image", ())), -1 if only_pictures else question.number
+
     def _blinded(self, question: Question) -> Question:
+        if question.modality not in ("text", "image"):
+            return replace(question, change="blank")
         plain = (self._plain,) * len(question.media.get("image", ()))
         return replace(question, media={"image": plain} if plain else {})

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import wave
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image, ImageOps
@@ -30,6 +31,10 @@ Medium = bytes | str | Path | Image.Image
 PROBED_AS: dict[MediaKind, str] = {"image": "png", "video": "mp4", "audio": "wav"}
 """Any extension of each kind: what is inside a file is found out from its content."""
 
+Change = Literal["", "blank", "shuffle"]
+"""What is done to media after they are decoded, to see what they contribute."""
+
+_SILENCE_RATE = 16_000
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
 
 
@@ -41,10 +46,13 @@ class GenerationRequest:
         turns: Messages; the last one is the user's. Media of a kind that the text never mentions go before the first
             message of the user.
         media: Per kind the media, in the order of their placeholders.
+        change: ``blank`` leaves pictures and frames of one colour and silent sounds: what text alone gives;
+            ``shuffle`` brings the frames of each video into another order, always the same for the same file.
     """
 
     turns: tuple[Turn, ...]
     media: Mapping[MediaKind, Sequence[Medium]] = field(default_factory=dict)
+    change: Change = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +65,7 @@ class Prompt:
         media_spans: First position and number of tokens of each medium, in order of appearance.
         question: The user's turns without placeholders, for models that read them beside the pictures.
         num_features: Tokens that all media had before compression.
+        change: As of the request.
         signature: One number a position: its token id, or for media what they look like to the model. Two prompts
             whose signatures begin alike begin with the same keys and values.
     """
@@ -66,6 +75,7 @@ class Prompt:
     media_spans: tuple[tuple[int, int], ...] = ()
     question: str = ""
     num_features: int = 0
+    change: Change = ""
     signature: tuple[int, ...] = ()
 
     @property
@@ -92,7 +102,7 @@ def make_prompt(request: GenerationRequest, processor: LlavaScaleProcessor) -> P
     found: list[tuple[MediaKind, bytes, MediaInfo]] = []
     question = instruction_of(turns)
     num_features = 0
-    look = f"{processor.compressor}\n{question if processor.reads_questions else ''}"
+    look = f"{processor.compressor}\n{question if processor.reads_questions else ''}\n{request.change}"
     for token_id in encoder.encode_prompt(turns):
         kind = kind_of.get(token_id)
         if kind is None:
@@ -114,6 +124,7 @@ def make_prompt(request: GenerationRequest, processor: LlavaScaleProcessor) -> P
         media_spans=tuple(spans),
         question=question,
         num_features=num_features,
+        change=request.change,
         signature=tuple(signature),
     )
 
@@ -127,7 +138,11 @@ def load_media(prompt: Prompt, processor: LlavaScaleProcessor) -> Callable[[int]
     transforms = processor.media_transforms
     loaded = []
     for (kind, data, info), (start, _) in zip(prompt.media, prompt.media_spans, strict=True):
+        if kind == "audio" and prompt.change == "blank":
+            data = _silence(info.duration_s)
         made = transforms[kind](data) if kind == "image" else transforms[kind](data, planned=info)
+        if kind != "audio" and prompt.change:
+            made = _changed(made, data, prompt.change, processor.image_transform.background)
         grid = processor.token_counter.count(info, step=None).grid
         loaded.append((start, kind, made, grid))
     question = processor.question_inputs([prompt.question]) if loaded else {}
@@ -148,6 +163,28 @@ def load_media(prompt: Prompt, processor: LlavaScaleProcessor) -> Callable[[int]
         return made | ({name: value.expand(number, -1) for name, value in question.items()} if number else {})
 
     return inputs
+
+
+def _changed(made: Any, data: bytes, change: Change, background: tuple[int, int, int]) -> Any:
+    """A decoded picture, uint8 ``(3, H, W)``, or video, as ``change`` says."""
+    pixels: Tensor = made if isinstance(made, torch.Tensor) else made.data
+    if change == "blank":
+        pixels = pixels.new_tensor(background)[:, None, None].expand_as(pixels).contiguous()
+    elif pixels.ndim == 4:
+        seed = int.from_bytes(hashlib.blake2b(data, digest_size=6).digest(), "little")
+        pixels = pixels[torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))]
+    return pixels if isinstance(made, torch.Tensor) else replace(made, data=pixels)
+
+
+def _silence(seconds: float) -> bytes:
+    """A WAV file without a sound."""
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(_SILENCE_RATE)
+        file.writeframes(bytes(2 * round(seconds * _SILENCE_RATE)))
+    return buffer.getvalue()
 
 
 def place_media(turns: Sequence[Turn], counts: Mapping[MediaKind, int]) -> tuple[Turn, ...]:

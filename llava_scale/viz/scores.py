@@ -53,12 +53,13 @@ def tiles(result: dict[str, Any]) -> str:
     shown = []
     if isinstance(result.get("loss"), int | float):
         shown.append(tile("held-out loss", number(result["loss"], digits=4), "nats per supervised token"))
-    blind, blind_model = result.get("blind") or {}, result.get("blind_model") or {}
+    blind, blind_model, shuffled = (result.get(name) or {} for name in ("blind", "blind_model", "shuffled_frames"))
     for group, score in (result.get("exact_match") or {}).items():
         if group == "overall" and len(result["exact_match"]) == 2:
             continue
         notes = [f"blind {percent(_value(blind[group]))}"] if group in blind else []
         notes += [f"blind model {percent(_value(blind_model[group]))}"] if group in blind_model else []
+        notes += [f"frames shuffled {percent(_value(shuffled[group]))}"] if group in shuffled else []
         shown.append(tile(f"exact match, {group}", percent(_value(score)), _about(score, *notes)))
     for k in (1, 5):
         score, chance = _ranking(result, k)

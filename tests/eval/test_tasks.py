@@ -42,6 +42,7 @@ def test_modalities_are_told_by_the_media():
     assert made() == "text"
     assert made(image=(b"1", b"2")) == "image"
     assert made(image=(b"1",), video=(b"2",)) == "video"
+    assert made(image=(b"1",), video=(b"2",), audio=(b"3",)) == "video_audio"
 
 
 def test_blind_questions_have_plain_pictures_and_are_asked_once():
@@ -59,3 +60,20 @@ def test_blind_questions_have_plain_pictures_and_are_asked_once():
     assert len(asked[1].media["image"]) == 2
     pixels = decode_image(asked[0].media["image"][0], max_pixels=100)
     assert pixels.flatten(1).unique(dim=1).flatten().tolist() == [10, 20, 30]
+
+
+def test_blind_questions_about_videos_and_sounds_ask_for_blank_ones():
+    asked = []
+
+    def generate(questions):
+        asked.extend(questions)
+        return ["?"] * len(questions)
+
+    blind = BlindGenerate(generate, colour=(0, 0, 0), size=4)
+    turns = (Turn("user", "<video> what?"),)
+    first, second = (
+        Question(number=number, key="", turns=turns, media={"video": (b"clip",)}, gold="") for number in (0, 1)
+    )
+    assert blind([first, second, first]) == ["?"] * 3
+    assert [(question.number, question.change) for question in asked] == [(0, "blank"), (1, "blank")]
+    assert asked[0].media == first.media

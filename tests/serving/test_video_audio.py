@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
+import torch
 
 from llava_scale.config import ModelConfig
 from llava_scale.data.toy.sight_and_sound import make_sight_and_sound
@@ -12,7 +14,7 @@ from llava_scale.model import build_model
 from llava_scale.serving.batch import read_request
 from llava_scale.serving.chat import AnswerSettings, ChatSession
 from llava_scale.serving.engine import Engine, GenerationRequest
-from llava_scale.serving.prompts import make_prompt
+from llava_scale.serving.prompts import load_media, make_prompt
 from llava_scale.types import Turn
 
 
@@ -78,3 +80,36 @@ def test_a_model_that_does_not_hear_says_so(requests):
     engine = Engine(*build_model(ModelConfig(preset="tiny"), chat_template="native", seed=3))
     with pytest.raises(SampleError, match="audio"):
         engine.generate(requests[:1], max_new_tokens=2)
+
+
+def media_of(request, processor):
+    prompt = make_prompt(request, processor)
+    return prompt, load_media(prompt, processor)(0)
+
+
+def test_blank_media_tell_nothing_of_what_was_there(parts, requests):
+    """As many tokens as before, and the same for any clip and sound of that length."""
+    _, processor = parts
+    seen_prompt, seen = media_of(requests[0], processor)
+    blank_prompt, blank = media_of(replace(requests[0], change="blank"), processor)
+    assert blank_prompt.input_ids == seen_prompt.input_ids
+    assert blank_prompt.signature != seen_prompt.signature
+    frames = blank["pixel_values_videos"]
+    assert frames.shape == seen["pixel_values_videos"].shape
+    assert (frames.flatten(2) == frames[:1, :, :1, 0]).all()
+    windows = blank["audio_values"]
+    assert windows.shape == seen["audio_values"].shape
+    assert not torch.equal(windows, seen["audio_values"])
+    assert windows.flatten(1).std(dim=1).max() < seen["audio_values"].flatten(1).std(dim=1).max() / 10
+
+
+def test_shuffled_frames_are_the_same_frames_in_another_order(parts, requests):
+    _, processor = parts
+    request = replace(requests[3], change="shuffle")
+    _, seen = media_of(requests[3], processor)
+    _, shuffled = media_of(request, processor)
+    before, after = seen["pixel_values_videos"], shuffled["pixel_values_videos"]
+    assert not torch.equal(before, after)
+    order = [next(place for place, frame in enumerate(before) if torch.equal(frame, other)) for other in after]
+    assert len(set(order)) >= len(before) // 2
+    assert torch.equal(after, media_of(request, processor)[1]["pixel_values_videos"])
