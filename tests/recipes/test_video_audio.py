@@ -1,0 +1,88 @@
+"""The recipes for video, sound and both start, one after the other, on checkpoints of the same formats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen2ForCausalLM
+
+from llava_scale.config import load_config
+from llava_scale.data.toy.samples import write_toy
+from llava_scale.data.write import pack
+from llava_scale.model import build_model
+from llava_scale.model.presets import tiny_tokenizer
+from llava_scale.training.trainer import dry_run
+
+ROOT = Path(__file__).parents[2]
+BEATS = ROOT / "tests" / "data" / "audio" / "beats_tiny_released_layout.pt"
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Stand-ins in the formats of CLIP and Qwen2, and shards of all modalities."""
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(**{**SIZES, "num_hidden_layers": 3}, image_size=336, patch_size=14)
+    CLIPVisionModel(vision).save_pretrained(folder / "clip")
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder / "qwen")
+    sizes = {**SIZES, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
+    Qwen2ForCausalLM(Qwen2Config(**sizes)).save_pretrained(folder / "qwen")
+    for name in ("video", "audio", "video_audio"):
+        toy = folder / f"toy-{name}"
+        write_toy(toy, num_samples=6, num_test=1, seed=1, modalities=(name,))
+        pack(toy / "train.json", folder / name, media_root=toy)
+    return folder
+
+
+def settings_of(name, parts, *changes):
+    """The recipe on the stand-ins."""
+    return load_config(
+        ROOT / "configs" / f"{name}.yaml",
+        [
+            f"data.sources=[{{path: {parts / name}}}]",
+            f"data.cache_dir={parts / 'cache'}",
+            f"train.output_dir={parts / 'run'}",
+            "data.num_workers=0",
+            "train.device=cpu",
+            "train.steps=2",
+            "train.rows_per_step=1",
+            *changes,
+        ],
+    )
+
+
+def saved(config, folder):
+    """The model that such a run would leave, untrained."""
+    model, processor = build_model(config.model, chat_template=config.data.chat_template, seed=0)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_each_recipe_starts_on_what_the_one_before_it_leaves(parts):
+    own = [f"model.language_model={parts / 'qwen'}", f"model.vision_tower={parts / 'clip'}"]
+    video = settings_of("video", parts, *own)
+    summary, batch = dry_run(video)
+    assert {module.name for module in summary.modules if module.num_trainable} >= {"projector", "language_model"}
+    assert set(batch.rows[0].video_num_tokens) == {8 * 12 * 12}
+
+    seeing = saved(video, parts / "seeing")
+    audio = settings_of("audio", parts, f"model.init_from={seeing}", f"model.audio_tower={BEATS}")
+    summary, batch = dry_run(audio)
+    trained = {module.name for module in summary.modules if module.num_trainable}
+    assert {name for name in trained if not name.startswith("audio_")} == set()
+    assert "audio_projector" in trained
+    assert min(batch.rows[0].audio_num_tokens) > 0
+
+    hearing = saved(audio, parts / "hearing")
+    both = settings_of("video_audio", parts, f"model.init_from={hearing}")
+    summary, batch = dry_run(both)
+    trained = {module.name for module in summary.modules if module.num_trainable}
+    assert trained >= {"audio_tower", "audio_projector", "projector", "language_model"}
+    assert "vision_tower" not in trained
+    assert batch.rows[0].video_num_tokens
+    assert batch.rows[0].audio_num_tokens
