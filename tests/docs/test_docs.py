@@ -15,6 +15,7 @@ import typer.main
 from llava_scale.cli import build_app
 from llava_scale.config import Config
 from llava_scale.config.load import load_config
+from llava_scale.eval.task_file import load_task
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/README.md")])
@@ -77,11 +78,13 @@ def test_links_between_files_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_recipes_in_pages_are_valid(page, tmp_path):
-    """YAML blocks that look like recipes are accepted as they are."""
+    """YAML blocks that look like recipes or task files are accepted as they are."""
     for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)):
-        if re.match(r"(model|data|train|name):", block):
-            path = tmp_path / f"{number}.yaml"
-            path.write_text(block, encoding="utf-8")
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(block, encoding="utf-8")
+        if "scorer:" in block:
+            assert load_task(path).scorer
+        elif re.match(r"(model|data|train|name):", block):
             whole = re.search("language_model|preset|init_from", block)
             assert isinstance(load_config(path, [] if whole else ["model.preset=tiny"]), Config)
 
