@@ -169,13 +169,18 @@ def _parts(config: Config) -> dict[str, str]:
     return {
         "vision tower": model.vision_tower or preset,
         "language model": model.language_model or preset,
+        **({"audio tower": model.audio_tower} if model.audio_tower else {}),
         "projector": model.projector.type,
         "compressor": compressor,
     }
 
 
 def _licences(parts: dict[str, str], data: list[str]) -> dict[str, str]:
-    found = {part: _stated(Path(parts[part])) for part in ("vision tower", "language model") if parts.get(part)}
+    found = {
+        part: _stated(Path(parts[part]))
+        for part in ("vision tower", "audio tower", "language model")
+        if parts.get(part)
+    }
     found |= {path: _stated(Path(path)) for path in data}
     return {name: licence for name, licence in found.items() if licence}
 

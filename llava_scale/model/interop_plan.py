@@ -115,11 +115,9 @@ def check_plain(config: LlavaScaleConfig) -> None:
             f"this model compresses its visual tokens ({config.compressor.get('type')}), which no other format has a "
             "place for; only models without model.compressor can be exported (serve this one with llava-scale)"
         )
-    for part in ("audio_config", "instruction_config"):
-        if getattr(config, part, None) is not None:
-            raise ConfigError(
-                f"this model has an {part.removesuffix('_config')} tower, which no other format has a place for"
-            )
+    for part, there in (("hears (an audio tower)", config.audio), ("reads questions", config.instruction_config)):
+        if there is not None:
+            raise ConfigError(f"this model {part}, which no other format has a place for; serve it with llava-scale")
     if config.projector.get("input_norm"):
         raise ConfigError("model.projector.input_norm has no place in other formats; train without it to export")
     family = config.vision_config.model_type

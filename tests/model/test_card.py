@@ -41,6 +41,12 @@ def test_a_stage_that_continues_a_model_continues_its_card(tmp_path):
     assert read_card(tmp_path / "next").stages == second.stages
 
 
+def test_a_card_names_the_ears_where_there_are_any(tmp_path):
+    assert "audio tower" not in card_of_run(run_config(tmp_path), steps=1, results={}).parts
+    hearing = run_config(tmp_path, preset="tiny", audio_tower="tiny")
+    assert "| audio tower | `tiny` | not stated |" in render_card(card_of_run(hearing, steps=1, results={}))
+
+
 def test_scores_beside_the_run_are_taken_along(tmp_path):
     (tmp_path / "eval").mkdir()
     share = {"value": 0.5, "low": 0.25, "high": 0.75}

@@ -102,6 +102,7 @@ def stored(folder):
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vision", ["clip", "siglip"])
 def test_exports_load_in_transformers_4(tmp_path, vision):
     if not (_version_4() / "transformers" / "__init__.py").is_file():
@@ -135,9 +136,6 @@ def test_exports_load_in_transformers_4(tmp_path, vision):
     )
 
 
-test_exports_load_in_transformers_4 = pytest.mark.slow(test_exports_load_in_transformers_4)
-
-
 def _version_4() -> Path:
     return Path(os.environ.get("TRANSFORMERS_4", "/nowhere"))
 
@@ -160,6 +158,16 @@ def test_what_other_formats_cannot_hold_is_named(tmp_path):
         with pytest.raises(ConfigError, match="compresses its visual tokens"):
             export_checkpoint(tmp_path / "merging", tmp_path / "out", ExportSettings(to=to))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_hears_is_refused_by_every_format(tmp_path):
+    model, processor = build_model(ModelConfig(preset="tiny", audio_tower="tiny"), chat_template="native", seed=0)
+    assert model.config.audio is not None
+    model.save_pretrained(tmp_path / "hearing")
+    processor.save_pretrained(tmp_path / "hearing")
+    for to in ("llava", "transformers", "gguf"):
+        with pytest.raises(ConfigError, match="this model hears"):
+            export_checkpoint(tmp_path / "hearing", tmp_path / "out", ExportSettings(to=to))
 
 
 def test_wrong_sources_and_targets_are_refused(tmp_path):
