@@ -7,11 +7,10 @@ thousand samples as for a hundred million, but for the list of shards.
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from llava_scale.data.index import MediaEntry, SampleEntry, ShardIndex, group_media, is_framed
 from llava_scale.data.indexing import count_media
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _LOADED_INDEXES = 256
+_NOWHERE = SampleEntry("", 0, 0, ())
 
 
 class ShardedDataset:
@@ -45,9 +45,8 @@ class ShardedDataset:
         self.info = info
         self.store = store
         self._cache_dir = cache_dir
-        self._starts = np.zeros(len(info.names) + 1, np.int64)
-        np.cumsum(info.num_samples, out=self._starts[1:])
-        self._total = int(self._starts[-1])
+        self._starts = [0, *accumulate(info.num_samples)]
+        self._total = self._starts[-1]
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._lock = threading.Lock()
         store.expect(info.names, info.num_bytes, info.sha256)
@@ -73,7 +72,7 @@ class ShardedDataset:
 
     def shard_range(self, s: int) -> range:
         """Return the numbers of the samples in shard ``s``."""
-        return range(int(self._starts[s]), int(self._starts[s + 1]))
+        return range(self._starts[s], self._starts[s + 1])
 
     def locate(self, i: int) -> tuple[int, int]:
         """Return the shard of sample ``i`` and its position inside.
@@ -83,8 +82,8 @@ class ShardedDataset:
         """
         if not 0 <= i < self._total:
             raise IndexError(f"sample {i} of {self._total} in data set {self.name!r}")
-        s = int(self._starts.searchsorted(i, "right")) - 1
-        return s, i - self._starts.item(s)
+        s = bisect_right(self._starts, i) - 1
+        return s, i - self._starts[s]
 
     def index(self, s: int) -> ShardIndex:
         """Return the index of shard ``s``; the most recently used ones are kept.
@@ -153,20 +152,19 @@ class ShardedDataset:
         Raises:
             ShardError: if bytes cannot be read.
         """
-        located: list[tuple[str, SampleEntry] | None] = [None] * len(numbers)
+        located: list[tuple[str, SampleEntry]] = [("", _NOWHERE)] * len(numbers)
         fetched: dict[int, list[bytes]] = {}
         for s, places in self._by_shard(numbers):
-            shard, entries = self.shard_name(s), self.index(s).entries([j for _, j in places])
-            for (place, _), entry in zip(places, entries, strict=True):
-                located[place] = (shard, entry)
+            shard, index = self.shard_name(s), self.index(s)
+            for place, j in places:
+                located[place] = (shard, index.entry(j))
             if not self.store.is_local:
+                entries = [located[place][1] for place, _ in places]
                 data = iter(self.store.read_many(shard, [item for entry in entries for item in _ranges(entry)]))
                 for (place, _), entry in zip(places, entries, strict=True):
                     fetched[place] = [next(data) for _ in _ranges(entry)]
-        for place, found in enumerate(located):
-            assert found is not None
-            shard, entry = found
-            data_of_sample = fetched.pop(place, None) or self.store.read_many(shard, _ranges(entry))
+        for place, (shard, entry) in enumerate(located):
+            data_of_sample = fetched.pop(place) if fetched else self.store.read_many(shard, _ranges(entry))
             try:
                 sample: Sample | SampleError = _make_sample(entry, data_of_sample, shard)
             except SampleError as error:
@@ -248,7 +246,7 @@ def _last_part(path: str) -> str:
 
 
 def _ranges(entry: SampleEntry) -> list[tuple[int, int]]:
-    return [(entry.json_offset, entry.json_size), *((medium.offset, medium.size) for medium in entry.media)]
+    return [(entry.json_offset, entry.json_size), *[(medium.offset, medium.size) for medium in entry.media]]
 
 
 def _make_sample(entry: SampleEntry, data: list[bytes], shard: str) -> Sample:
@@ -258,8 +256,9 @@ def _make_sample(entry: SampleEntry, data: list[bytes], shard: str) -> Sample:
         turns = parse_record(content, count_media(entry.media))
     except SampleError as error:
         raise error.at(shard=shard, key=entry.key) from None
-    extra = {name: value for name, value in content.items() if name not in ("id", "conversations")}
-    return Sample(key=entry.key, shard=shard, turns=turns, media=_make_media(entry, files), extra=extra)
+    content.pop("id", None)
+    del content["conversations"]
+    return Sample(key=entry.key, shard=shard, turns=turns, media=_make_media(entry, files), extra=content)
 
 
 def _make_media(entry: SampleEntry, files: list[bytes]) -> dict[MediaKind, tuple[tuple[str, bytes], ...]]:

@@ -15,7 +15,7 @@ import json
 import struct
 import zlib
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -60,6 +60,8 @@ _MEDIA_COLUMNS = {
     "duration_ms": "<u4",
 }
 _KEY_COLUMN = {"keys": "<u1"}
+_SAMPLE_ROW = struct.Struct("<IIQIII")  # key start, key end, json offset, json size, media start, media end
+_MEDIA_ROW = struct.Struct("<BBiiQQIIII")  # _MEDIA_COLUMNS
 _COLUMNS = {**_SAMPLE_COLUMNS, **_MEDIA_COLUMNS, **_KEY_COLUMN}
 _INFO_COLUMNS = ("kind", "width", "height", "num_frames", "duration_ms")
 _KINDS: dict[MediaKind, int] = {kind: number for number, kind in enumerate(MEDIA_KINDS)}
@@ -161,7 +163,6 @@ class ShardIndex:
     def __init__(self, header: dict[str, Any], columns: dict[str, NDArray[Any]], raw: bytes) -> None:
         self._raw = raw
         self._columns = columns
-        self._media_columns = [columns[name] for name in _MEDIA_COLUMNS]
         self._extensions: list[str] = header["extensions"]
         self._keys = columns["keys"].tobytes()
         self.name: str = header["name"]
@@ -183,39 +184,19 @@ class ShardIndex:
         start = ends.item(i - 1) if i else 0
         return self._keys[start : ends.item(i)].decode("utf-8", "surrogatepass")
 
-    def json_range(self, i: int) -> tuple[int, int]:
-        """Return offset and size of the record of sample ``i``."""
-        return self._columns["json_offset"].item(i), self._columns["json_size"].item(i)
-
     def entry(self, i: int) -> SampleEntry:
         """Return where everything of sample ``i`` lies."""
-        offset, size = self.json_range(i)
-        return SampleEntry(self.key(i), offset, size, self._media(i))
-
-    def entries(self, numbers: Sequence[int]) -> list[SampleEntry]:
-        """Return ``entry`` of many samples at once."""
-        columns, chosen = self._columns, np.asarray(numbers, np.int64)
-        rows, counts = self._media_rows(chosen)
-        facts = zip(*(column[rows].tolist() for column in self._media_columns), strict=True)
-        media = [self._as_entry(*fact) for fact in facts]
-        key_ends = columns["key_end"]
-        key_starts = np.where(chosen > 0, key_ends[chosen - 1], 0)
-        places = zip(
-            key_starts.tolist(),
-            *(columns[name][chosen].tolist() for name in ("key_end", "json_offset", "json_size")),
-            np.cumsum(counts).tolist(),
-            strict=True,
+        samples, media = self._rows
+        key_start, key_end, offset, size, first, stop = _SAMPLE_ROW.unpack_from(samples, i * _SAMPLE_ROW.size)
+        key = self._keys[key_start:key_end].decode("utf-8", "surrogatepass")
+        places = range(first * _MEDIA_ROW.size, stop * _MEDIA_ROW.size, _MEDIA_ROW.size)
+        return SampleEntry(
+            key, offset, size, tuple([self._as_entry(*_MEDIA_ROW.unpack_from(media, at)) for at in places])
         )
-        found, first = [], 0
-        for key_start, key_end, offset, size, stop in places:
-            key = self._keys[key_start:key_end].decode("utf-8", "surrogatepass")
-            found.append(SampleEntry(key, offset, size, tuple(media[first:stop])))
-            first = stop
-        return found
 
     def media_infos(self, i: int) -> tuple[MediaInfo, ...]:
         """Return what is known of the media of sample ``i``, by kind (image, video, audio), then number."""
-        return tuple(media_info(entries) for entries in group_media(self._media(i)))
+        return tuple(media_info(entries) for entries in group_media(self.entry(i).media))
 
     def media_infos_of(self, numbers: NDArray[np.int64]) -> list[tuple[MediaInfo, ...]]:
         """Return ``media_infos`` of many samples at once; equal media share one object."""
@@ -277,10 +258,18 @@ class ShardIndex:
                 position += _padded(columns[name].nbytes)
         return cls(header, columns, data)
 
-    def _media(self, i: int) -> tuple[MediaEntry, ...]:
-        ends = self._columns["media_end"]
-        start = ends.item(i - 1) if i else 0
-        return tuple(self._medium(number) for number in range(start, ends.item(i)))
+    @cached_property
+    def _rows(self) -> tuple[bytes, bytes]:
+        """Samples and media row by row: one sample is read from them ten times faster than from the columns."""
+        columns = self._columns
+        samples = np.zeros(self.num_samples, _packed(("u4", "u4", "u8", "u4", "u4", "u4")))
+        for number, name in ((1, "key_end"), (2, "json_offset"), (3, "json_size"), (5, "media_end")):
+            samples[f"f{number}"] = columns[name]
+        samples["f0"][1:], samples["f4"][1:] = columns["key_end"][:-1], columns["media_end"][:-1]
+        media = np.zeros(len(columns["kind"]), _packed(tuple(_MEDIA_COLUMNS.values())))
+        for number, name in enumerate(_MEDIA_COLUMNS):
+            media[f"f{number}"] = columns[name]
+        return samples.tobytes(), media.tobytes()
 
     def _media_rows(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows of the media of many samples, one sample after the other, and how many each has."""
@@ -288,9 +277,6 @@ class ShardIndex:
         stops = ends[numbers].astype(np.int64)
         counts = stops - np.where(numbers > 0, ends[numbers - 1], 0)
         return np.arange(int(counts.sum())) + np.repeat(stops - np.cumsum(counts), counts), counts
-
-    def _medium(self, number: int) -> MediaEntry:
-        return self._as_entry(*(column.item(number) for column in self._media_columns))
 
     def _as_entry(self, kind: int, ext: int, number: int, frame: int, offset: int, size: int, *look: int) -> MediaEntry:
         info = _shared_info(kind, *look)
@@ -351,6 +337,11 @@ def _shared_info(kind: int, width: int, height: int, num_frames: int, duration_m
 @lru_cache(maxsize=4096)
 def _shared_tuple(info: MediaInfo) -> tuple[MediaInfo, ...]:
     return (info,)
+
+
+def _packed(types: tuple[str, ...]) -> np.dtype[Any]:
+    """Fields ``f0``, ``f1``, ... of little-endian numbers without gaps."""
+    return np.dtype([(f"f{number}", f"<{name.lstrip('<')}") for number, name in enumerate(types)])
 
 
 def _assemble(header: dict[str, Any], data: bytes) -> bytes:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from llava_scale.errors import SampleError
-from llava_scale.types import MEDIA_KINDS, PLACEHOLDERS, MediaKind, Role, Turn
+from llava_scale.types import PLACEHOLDERS, MediaKind, Role, Turn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,8 +23,6 @@ _ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "system": "system",
 }
-_BOM = b"\xef\xbb\xbf"
-_decoder = json.JSONDecoder()
 FRAMES_EXT = "frames"
 """Extension under which a sample hands over a video stored as frames (see ``join_frames``)."""
 FRAME_TIMES = "frame_times_s"
@@ -38,12 +38,20 @@ def load_record(data: bytes) -> dict[str, Any]:
     if not data:
         raise SampleError("has no json member, or an empty one; add the conversation or remove the files")
     try:
-        record = _decoder.decode(data.decode("utf-8-sig" if data.startswith(_BOM) else "utf-8"))
+        record = _parse(data)
     except ValueError as error:
         raise SampleError(f"its json cannot be read ({error}); write it again") from None
     if not isinstance(record, dict):
         raise SampleError(f"its json is a {type(record).__name__}; it must be an object with 'conversations'")
     return record
+
+
+def _parse(data: bytes) -> Any:
+    """Parse JSON; what ``orjson`` refuses (NaN, a byte order mark, halves of surrogate pairs) is left to ``json``."""
+    try:
+        return orjson.loads(data)
+    except ValueError:
+        return json.loads(data.decode("utf-8-sig"))
 
 
 def parse_record(record: Mapping[str, Any], media_counts: Mapping[MediaKind, int]) -> tuple[Turn, ...]:
@@ -61,22 +69,24 @@ def parse_record(record: Mapping[str, Any], media_counts: Mapping[MediaKind, int
     _check_order(turns)
     prefix = ""
     marked = [turn for turn in turns if "<" in turn.text]
-    for kind in MEDIA_KINDS:
-        marker, num_media = PLACEHOLDERS[kind], media_counts.get(kind, 0)
+    for kind, marker in PLACEHOLDERS.items():
+        num_media = media_counts.get(kind, 0)
         num_markers = 0
         for role, text in marked:
             number = text.count(marker)
             if number and role != "user":
                 raise SampleError(f"has {marker} in a turn of the {role}; media belong to human turns")
             num_markers += number
+        if num_markers == num_media:
+            continue
         if num_markers == 0:
             prefix += f"{marker}\n" * num_media
-        elif num_markers != num_media:
-            remedy = f"add the missing {kind}" if num_markers > num_media else "mark every one"
-            raise SampleError(
-                f"has {_count(num_markers, marker + ' placeholder')} but {_count(num_media, kind)}; "
-                f"{remedy} or remove the surplus"
-            )
+            continue
+        remedy = f"add the missing {kind}" if num_markers > num_media else "mark every one"
+        raise SampleError(
+            f"has {_count(num_markers, marker + ' placeholder')} but {_count(num_media, kind)}; "
+            f"{remedy} or remove the surplus"
+        )
     if not prefix:
         return turns
     first = next(number for number, turn in enumerate(turns) if turn.role == "user")
@@ -108,22 +118,24 @@ def _read_turns(record: Mapping[str, Any]) -> tuple[Turn, ...]:
     messages = record.get("conversations")
     if not isinstance(messages, list) or not messages:
         raise SampleError("has no conversation; 'conversations' must be a list of {'from', 'value'} messages")
-    turns = []
-    for number, message in enumerate(messages, start=1):
-        speaker = message.get("from") if isinstance(message, dict) else None
-        text = message.get("value") if isinstance(message, dict) else None
-        if not isinstance(speaker, str) or not isinstance(text, str):
-            raise SampleError(f"message {number} is no {{'from', 'value'}} object with two texts")
-        if not text.isascii():
-            _check_pairs(text, number)
-        role = _ROLES.get(speaker)
-        if role is None:
-            raise SampleError(f"message {number} is from {speaker!r}; known: {', '.join(_ROLES)}")
-        turns.append(Turn(role, text))
-    return tuple(turns)
+    try:
+        turns = tuple([Turn(_ROLES[message["from"]], message["value"]) for message in messages])
+        "".join([turn.text for turn in turns]).encode()
+    except (KeyError, TypeError, UnicodeEncodeError):
+        for number, message in enumerate(messages, start=1):
+            _check_message(message, number)
+        raise
+    return turns
 
 
-def _check_pairs(text: str, number: int) -> None:
+def _check_message(message: object, number: int) -> None:
+    """Raise what is wrong with a message, if anything is."""
+    speaker = message.get("from") if isinstance(message, dict) else None
+    text = message.get("value") if isinstance(message, dict) else None
+    if not isinstance(speaker, str) or not isinstance(text, str):
+        raise SampleError(f"message {number} is no {{'from', 'value'}} object with two texts")
+    if speaker not in _ROLES:
+        raise SampleError(f"message {number} is from {speaker!r}; known: {', '.join(_ROLES)}")
     try:
         text.encode()
     except UnicodeEncodeError:
