@@ -68,7 +68,7 @@ class SimulatedEncoder:
 
     def encode(self, turns: tuple[Turn, ...]) -> EncodedText:
         """Ids of the length that the sample's number stands for."""
-        return EncodedText(self._ids[int(turns[0].text) * 40503 % 65536], [])
+        return EncodedText(self._ids[int(turns[0].text) * 40503 % 65536], ())
 
     def fingerprint(self) -> str:
         """Constant."""

@@ -41,11 +41,20 @@ class EncodedText:
 
     Attributes:
         input_ids: Token ids.
-        supervised: Same length; True where the loss counts: answers and their end-of-turn marker.
+        answers: First and last-but-one place of each stretch where the loss counts: an answer with its end-of-turn
+            marker.
     """
 
     input_ids: list[int]
-    supervised: list[bool]
+    answers: tuple[tuple[int, int], ...]
+
+    @property
+    def supervised(self) -> list[bool]:
+        """For each id whether the loss counts it."""
+        mask = [False] * len(self.input_ids)
+        for start, stop in self.answers:
+            mask[start:stop] = [True] * (stop - start)
+        return mask
 
 
 class ChatEncoder:
@@ -103,19 +112,17 @@ class ChatEncoder:
             SampleError: no assistant turn, or the template refuses the order of the roles.
         """
         input_ids: list[int] = []
-        supervised: list[bool] = []
+        answers: list[tuple[int, int]] = []
         before = ""
         for text, is_answer in self._units(turns):
-            ids = self._ids(text, before)
+            start = len(input_ids)
+            input_ids += self._ids(text, before)
             before = text
-            input_ids += ids
-            supervised += [is_answer] * len(ids)
+            if is_answer:
+                answers += self._without_placeholders(input_ids, start)
         if not input_ids:
             raise SampleError("the conversation has no assistant turn to learn from")
-        for marker in self.placeholder_ids.values():
-            if marker in input_ids:
-                supervised = [mask and token != marker for mask, token in zip(supervised, input_ids, strict=True)]
-        return EncodedText(input_ids, supervised)
+        return EncodedText(input_ids, tuple(answers))
 
     def encode_prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Ids up to and including the header of the answer that is to be generated."""
@@ -149,6 +156,16 @@ class ChatEncoder:
     def is_special(self, token: int) -> bool:
         """Whether ``token`` stands for itself: a role marker, an end of turn, a placeholder."""
         return token in self._special_ids
+
+    def _without_placeholders(self, ids: list[int], start: int) -> list[tuple[int, int]]:
+        """The stretches of ``ids[start:]`` between placeholders: one, unless an answer speaks of them."""
+        answer, stretches = ids[start:], []
+        markers = self.placeholder_ids.values()
+        for number, token in enumerate(answer) if any(marker in answer for marker in markers) else ():
+            if token in markers:
+                stretches.append((start, start := number + len(ids) - len(answer)))
+                start += 1
+        return [*stretches, (start, len(ids))]
 
     def _units(self, turns: Sequence[Turn]) -> Iterator[tuple[str, bool]]:
         """(text, is an answer) of every unit up to the last answer."""
@@ -281,7 +298,8 @@ class ChatEncoder:
         if self._backend is not None:
             if self._backend.truncation is not None or self._backend.padding is not None:
                 self._forget_limits()
-            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+            # without offsets of characters, and without holding the interpreter lock as ``encode`` does
+            ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
             return ids
         return list(self._tokenizer.encode(text, add_special_tokens=False))
 

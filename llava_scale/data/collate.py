@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llava_scale.data.decoding import OtherMedia, decode_others, different_shapes, joined_frames
 from llava_scale.data.lengths import UNREADABLE
+from llava_scale.data.memory import empty
 from llava_scale.errors import SampleError, ShapeError, ShardError
 from llava_scale.types import (
     IGNORE_INDEX,
@@ -144,16 +145,18 @@ class RowBuilder:
             raise sample
         encoded = self.encoder.encode(sample.turns)
         ids = np.asarray(encoded.input_ids, dtype=np.int64)
-        labels = np.where(np.asarray(encoded.supervised, dtype=bool), ids, IGNORE_INDEX)
-        marker_pos, tokens = self._expansion(sample, encoded.input_ids, infos, step)
-        self._check_plan(planned, sample, len(ids) - len(marker_pos))
-        labels[marker_pos] = IGNORE_INDEX
-        repeats = np.ones(len(ids), dtype=np.int64)
-        repeats[marker_pos] = [counted.num_tokens for _, counted in tokens]
-        ids, labels = np.repeat(ids, repeats), np.repeat(labels, repeats)
+        labels = np.full(len(ids), IGNORE_INDEX)
+        for start, stop in encoded.answers:
+            labels[start:stop] = ids[start:stop]
+        places, tokens = self._expansion(sample, ids, infos, step)
+        self._check_plan(planned, sample, len(ids) - len(places))
+        if places:
+            labels[places] = IGNORE_INDEX
+            repeats = [counted.num_tokens for _, counted in tokens]
+            ids, labels = _repeated(ids, places, repeats), _repeated(labels, places, repeats)
         truncated = len(ids) > self.row_length
         if truncated:
-            last_medium = int(np.cumsum(repeats)[marker_pos[-1]]) if len(marker_pos) else 0
+            last_medium = places[-1] - len(places) + 1 + sum(repeats) if places else 0
             ids, labels = self._cut(sample, ids, labels, last_medium)
         if not (labels[1:] != IGNORE_INDEX).any():
             raise _error(sample, "no supervised token; give it an answer")
@@ -169,25 +172,22 @@ class RowBuilder:
         return (next(read[planned.source]) for planned in members)
 
     def _expansion(
-        self, sample: Sample, ids: list[int], infos: Sequence[MediaInfo], step: int | None
-    ) -> tuple[IntArray, list[tuple[MediaKind, MediaTokens]]]:
-        """Positions of the placeholders in ``ids``, and kind and tokens of the medium behind each."""
+        self, sample: Sample, ids: IntArray, infos: Sequence[MediaInfo], step: int | None
+    ) -> tuple[list[int], list[tuple[MediaKind, MediaTokens]]]:
+        """Places of the placeholders in ``ids``, in order, and kind and tokens of the medium behind each."""
         markers: list[tuple[int, MediaInfo]] = []
         for kind, marker in self.encoder.placeholder_ids.items():
             of_kind = [info for info in infos if info.kind == kind]
-            found = ids.count(marker)
-            if not (found or of_kind):
-                continue
-            positions = [place for place, token in enumerate(ids) if token == marker] if found else []
-            if len(positions) != len(of_kind):
-                count = f"{len(positions)} placeholder tokens for {len(of_kind)} media of kind {kind}"
+            found: list[int] = (ids == marker).nonzero()[0].tolist()
+            if len(found) != len(of_kind):
+                count = f"{len(found)} placeholder tokens for {len(of_kind)} media of kind {kind}"
                 raise _error(sample, f"its text has {count}")
-            markers += zip(positions, of_kind, strict=True)
+            markers += zip(found, of_kind, strict=True)
         markers.sort(key=lambda marker: marker[0])
         for _, info in markers:
             self._transform(sample, info.kind)
         tokens = [(info.kind, self.counter.count(info, step=step)) for _, info in markers]
-        return np.array([position for position, _ in markers], dtype=np.int64), tokens
+        return [place for place, _ in markers], tokens
 
     def _decode(
         self, sample: Sample, infos: Sequence[MediaInfo], counted: Sequence[MediaTokens], pictures: PictureBlock
@@ -269,7 +269,7 @@ class PictureBlock:
     def _place(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         if self._block is None:
             channels, height, width = shape
-            self._block = torch.empty((self._capacity, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
+            self._block = empty((self._capacity, height, width, channels), dtype).permute(0, 3, 1, 2)
         if self._block.shape[1:] != shape:
             raise ShapeError(different_shapes("pictures", [tuple(self._block.shape[1:]), tuple(shape)]))
         return self._block[self.size]
@@ -347,6 +347,15 @@ class _Collected:
 
     def num_tokens(self, kind: MediaKind) -> tuple[int, ...]:
         return tuple(counted.num_tokens for counted in self.tokens[kind])
+
+
+def _repeated(values: IntArray, places: Sequence[int], repeats: Sequence[int]) -> IntArray:
+    """``values`` with the value of each place as often as ``repeats`` says."""
+    parts, start = [], 0
+    for place, number in zip(places, repeats, strict=True):
+        parts += [values[start:place], np.full(number, values[place])]
+        start = place + 1
+    return np.concatenate([*parts, values[start:]])
 
 
 def _by_source(members: Sequence[PlannedSample]) -> dict[int, list[int]]:

@@ -146,21 +146,35 @@ class ImageTransform:
         return self._fit(torch.from_numpy(pixels), out)
 
     def _decode_in_place(self, data: bytes, header: JpegHeader, out: Tensor) -> bool:
-        """Decode a JPEG that is already as wide as the square straight into ``out``; whether that was possible."""
-        size = self.size
-        fits = header.width == size and (header.height == size or (self.aspect == "pad" and header.height < size))
+        """Decode a JPEG whose longer side is that of the square into ``out``; whether that was possible."""
+        size, height, width = self.size, header.height, header.width
+        fits = max(height, width) == size and (height == width or self.aspect == "pad")
         if not fits or header.orientation != UPRIGHT or out.shape != self.shape or out.dtype != torch.uint8:
             return False
+        _check_pixels(width, height, self.max_pixels)
+        if width < size:
+            return self._decode_between_bars(data, header, out)
         square = out.permute(1, 2, 0)
         if not square.is_contiguous():
             return False
-        _check_pixels(header.width, header.height, self.max_pixels)
-        start = (size - header.height) // 2
-        end = start + header.height
+        start = (size - height) // 2
+        end = start + height
         if decode_jpeg(data, header, reduction=1, into=square[start:end].numpy()) is None:
             return False
-        flat = square.view(size, -1)
-        flat[:start] = flat[end:] = _background_row(self.background, size)
+        if height < size:
+            flat = square.view(size, -1)
+            flat[:start] = flat[end:] = _background_row(self.background, size)
+        return True
+
+    def _decode_between_bars(self, data: bytes, header: JpegHeader, out: Tensor) -> bool:
+        pixels = decode_jpeg(data, header, reduction=1)
+        if pixels is None:
+            return False
+        start = (self.size - header.width) // 2
+        end = start + header.width
+        square = out.permute(1, 2, 0).numpy()
+        square[:, :start] = square[:, end:] = self.background
+        square[:, start:end] = pixels
         return True
 
     def from_tensor(self, pixels: Tensor, out: Tensor | None = None) -> Tensor:

@@ -115,7 +115,7 @@ class LetterEncoder:
     def encode(self, turns):
         text = turns[0].text
         ids = [9 if letter == "i" else 1 + number % 7 for number, letter in enumerate(text)]
-        return EncodedText(ids, [number > 0 for number in range(len(ids))])
+        return EncodedText(ids, ((1, len(ids)),))
 
     def fingerprint(self):
         return "letters"

@@ -144,8 +144,8 @@ def test_cutting_must_leave_something_to_learn():
     class LastOnly(LetterEncoder):
         def encode(self, turns):
             encoded = super().encode(turns)
-            encoded.supervised[:-1] = [False] * (len(encoded.supervised) - 1)
-            return encoded
+            last = len(encoded.input_ids)
+            return replace(encoded, answers=((last - 1, last),))
 
     builder = replace(make_builder(MemoryDataset(lengths=[70]), truncate=True), encoder=LastOnly())
     assert "no supervised token" in builder.build(plan(0)).row.skipped[0].reason
