@@ -19,6 +19,7 @@ from llava_scale.compressors.base import (
     TowerSignals,
 )
 from llava_scale.compressors.blocks import SignalTap
+from llava_scale.compressors.custom import CustomCompressor, count_of
 from llava_scale.compressors.legacy_dropping import LegacyDropping
 from llava_scale.compressors.pooling import PixelShuffle, Pooling
 from llava_scale.compressors.projector import Projector, identity_layers, linear_layers, mlp_layers
@@ -36,6 +37,7 @@ from llava_scale.compressors.token_merging import LocalTokenMerging
 from llava_scale.compressors.tome import TomeCount, TomeInBlocks
 from llava_scale.config.compressor import (
     CompressorConfig,
+    CustomConfig,
     DivPruneConfig,
     PixelShuffleConfig,
     PoolConfig,
@@ -58,6 +60,7 @@ __all__ = [
     "CompressedTokens",
     "Compressor",
     "Context",
+    "CustomCompressor",
     "Instruction",
     "Projector",
     "QueryCompressor",
@@ -145,7 +148,7 @@ _WEIGHTLESS: dict[type, Callable[[Any], Compressor]] = {
 
 def build_weightless(config: CompressorConfig) -> Compressor | None:
     """The compressor between tower and language model that ``config`` describes; None for those that are elsewhere
-    (``tome``, inside the tower) or have weights (``qformer``, ``stc``)."""
+    (``tome``, inside the tower) or may have weights (``qformer``, ``stc``, ``custom``)."""
     build = _WEIGHTLESS.get(type(config))
     return build(config) if build else None
 
@@ -202,6 +205,8 @@ def token_count(config: CompressorConfig, *, num_blocks: int) -> TokenCount:
         return TomeCount(schedule=_schedule(config), num_blocks=num_blocks, inflect=config.inflect)
     if isinstance(config, StcConfig):
         return STCCount(config.window)
+    if isinstance(config, CustomConfig):
+        return count_of(config)
     compressor = build_weightless(config)
     assert compressor is not None
     return compressor

@@ -196,6 +196,26 @@ class StcConfig:
     """Frames, rows and columns that become one token."""
 
 
+@section
+class CustomConfig:
+    """A compressor of your own, by import path."""
+
+    type: Literal["custom"]
+    """Chooses this compressor."""
+    import_path: str
+    """``package.module:Class``; the module must be importable wherever the checkpoint is loaded."""
+    arguments: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """Arguments of its constructor."""
+    after_projector: bool = False
+    """Compress projected tokens."""
+    instruction_tower: str = ""
+    """Text encoder for a compressor that reads the question: hub name or folder."""
+
+    def __post_init__(self) -> None:
+        if not all(self.import_path.partition(":")):
+            raise ConfigError(f"model.compressor.import_path must be package.module:Class, got {self.import_path!r}")
+
+
 CompressorConfig = Annotated[
     TokenMergingConfig
     | RandomPruneConfig
@@ -207,7 +227,8 @@ CompressorConfig = Annotated[
     | PoolConfig
     | PixelShuffleConfig
     | QFormerConfig
-    | StcConfig,
+    | StcConfig
+    | CustomConfig,
     Field(discriminator="type"),
 ]
 """Any of them."""

@@ -62,7 +62,8 @@ class ModelConfig:
     language_model: str = ""
     """Hub name or folder of any causal language model of transformers."""
     vision_tower: str = ""
-    """Hub name or folder of a vision model of transformers, or ``package.module:Class`` of your own."""
+    """Hub name or folder of a vision model of transformers, or ``package.module:Class`` of your own, also under
+    ``preset``."""
     vision_tower_kwargs: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """Arguments for a tower given by import path."""
     vision_feature_layer: int = -2
@@ -97,7 +98,8 @@ class ModelConfig:
             for name in ("audio_window_seconds", "audio_projector", "audio_compressor"):
                 if getattr(self, name) not in (0.0, None, ProjectorConfig()):
                     raise ConfigError(f"model.{name} needs model.audio_tower: set that, or leave it out")
-        named = bool(self.language_model or self.vision_tower)
+        own_tower = ":" in self.vision_tower and bool(self.preset)
+        named = bool(self.language_model or (self.vision_tower and not own_tower))
         if sum([bool(self.init_from), bool(self.preset), named]) > 1:
             raise ConfigError(
                 "model.init_from, model.preset and model.language_model/vision_tower exclude each other: "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_scale.errors import MissingExtraError
 from llava_scale.eval.metrics import exact_match, rank_of, share_of
+from llava_scale.eval.own_scorers import points_of
 from llava_scale.eval.text_metrics import anls, cider_d, vqa_accuracy
 
 if TYPE_CHECKING:
@@ -77,11 +78,16 @@ def score_task(task: TaskConfig, items: Sequence[TaskItem], responses: Sequence[
 
     Raises:
         MissingExtraError: sacrebleu is not installed (``bleu``).
+        ConfigError: a scorer by import path is missing, or does not return what it should.
     """
     if not task.is_generated:
         return _score_choices(task, items, responses)
     answers = [response.text for response in responses]
     references = [item.references for item in items]
+    if ":" in task.scorer:
+        points = points_of(task.scorer, answers, references)
+        name = task.scorer.rpartition(":")[2]
+        return Scored(scores={name: mean_score(points)}, points=points, answers=answers)
     return _GENERATED[task.scorer](answers, references)
 
 

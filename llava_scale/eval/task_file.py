@@ -23,6 +23,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from llava_scale.config import to_dict
 from llava_scale.config.base import section
 from llava_scale.errors import ConfigError, suggest
+from llava_scale.eval.own_scorers import find_scorer
 
 GENERATED = ("exact_match", "vqa_accuracy", "anls", "cider", "bleu")
 CHOSEN = ("multiple_choice", "ranking")
@@ -38,7 +39,8 @@ class TaskConfig:
     data: str
     """Folder, URL or ``.tar`` of shards, or a ``.json``/``.jsonl`` file; relative to the task file."""
     scorer: str
-    """``exact_match``, ``vqa_accuracy``, ``anls``, ``cider``, ``bleu``, ``multiple_choice`` or ``ranking``."""
+    """``exact_match``, ``vqa_accuracy``, ``anls``, ``cider``, ``bleu``, ``multiple_choice`` or ``ranking``; or
+    ``package.module:function`` of your own (see ``eval.own_scorers``)."""
     name: str = ""
     """Name in results; the file's name without ending if empty."""
     prompt: str = ""
@@ -63,13 +65,15 @@ class TaskConfig:
     """Of the draw of candidates."""
 
     def __post_init__(self) -> None:
-        if self.scorer not in SCORERS:
+        if ":" in self.scorer:
+            find_scorer(self.scorer)
+        elif self.scorer not in SCORERS:
             raise ConfigError(f"scorer: unknown {self.scorer!r}; {suggest(self.scorer, SCORERS)}")
 
     @property
     def is_generated(self) -> bool:
         """Whether answers are written (and not chosen)."""
-        return self.scorer in GENERATED
+        return self.scorer in GENERATED or ":" in self.scorer
 
     def response_digest(self) -> str:
         """Changes whenever the same sample could be answered otherwise."""

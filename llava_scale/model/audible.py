@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llava_scale.compressors import (
     Compressor,
     Context,
+    CustomCompressor,
     Projector,
     build_projector,
     build_qformer,
@@ -22,10 +23,11 @@ from llava_scale.compressors import (
     parse_compressor,
     token_count,
 )
-from llava_scale.config.compressor import QFormerConfig
+from llava_scale.config.compressor import CustomConfig, QFormerConfig
 from llava_scale.errors import ConfigError, ShapeError
 from llava_scale.towers.audio_base import AudioTower
 from llava_scale.towers.audio_description import build_audio_tower
+from llava_scale.towers.base import remember_constants
 from llava_scale.types import AudioFeatures, Grid
 
 if TYPE_CHECKING:
@@ -130,18 +132,19 @@ def audio_token_count(audio: dict[str, Any] | None) -> TokenCount | None:
 
 def _compressor(section: CompressorConfig, in_width: int, text_width: int) -> Compressor:
     found: Compressor | None
+    if getattr(section, "instruction_tower", ""):
+        raise ConfigError("model.audio_compressor.instruction_tower: sounds are read without a question; set it to ''")
     if isinstance(section, QFormerConfig):
-        if section.instruction_tower:
-            raise ConfigError(
-                "model.audio_compressor.instruction_tower: queries for sounds read no question; set it to ''"
-            )
         found = build_qformer(section, in_width=in_width, text_width=text_width, instruction_width=0)
+    elif isinstance(section, CustomConfig):
+        found = CustomCompressor(section, in_width=in_width)
+        remember_constants(found)
     else:
         found = build_weightless(section)
     if found is None or found.needs_signals or getattr(section, "after_projector", False):
         raise ConfigError(
             f"model.audio_compressor: {section.type} (or its options) needs a vision tower; for sounds choose pool, "
-            "token_merging, random_prune, uniform_prune, divprune or qformer, before the projector"
+            "token_merging, random_prune, uniform_prune, divprune, qformer or custom, before the projector"
         )
     return found
 

@@ -19,13 +19,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from llava_scale.config import CompressorConfig, ModelConfig, to_dict
-from llava_scale.config.compressor import CLIP_TEXT, QFormerConfig
+from llava_scale.config import ModelConfig, to_dict
+from llava_scale.config.compressor import CLIP_TEXT
 from llava_scale.config.model import VideoConfig
 from llava_scale.errors import CheckpointError, ConfigError
 from llava_scale.model.attention import PACKED
 from llava_scale.model.build_audio import audio_tower_of, give_hearing, match_audio_scale, parts_with_weights
 from llava_scale.model.configuration import OPENAI_MEAN, OPENAI_STD, CustomVisionConfig, LlavaScaleConfig
+from llava_scale.model.exchange import exchange_compressor
 from llava_scale.model.head import check_head
 from llava_scale.model.modeling import LlavaScaleForConditionalGeneration, build_tower
 from llava_scale.model.presets import (
@@ -233,7 +234,7 @@ def _continue_from(config: ModelConfig, dtype: torch.dtype, chat_template: str, 
         )
     model, processor = load_model(config.init_from, dtype=dtype)
     if config.compressor is not None:
-        _exchange_compressor(model, config.compressor)
+        exchange_compressor(model, config.compressor)
     if config.video != VideoConfig():
         model.config.video = to_dict(config.video)
     if config.audio_tower:
@@ -242,21 +243,6 @@ def _continue_from(config: ModelConfig, dtype: torch.dtype, chat_template: str, 
             _match_scales(model, config, seed=seed)
     model.config.chat_template_name = chat_template
     return finish_model(model, processor.tokenizer, processor.question_tokenizer, chat_template)
-
-
-def _exchange_compressor(model: LlavaScaleForConditionalGeneration, section: CompressorConfig) -> None:
-    """Compress in another way from now on, if neither way has weights and the projector's width stays."""
-    before, fields = model.config.compressor, to_dict(section)
-    if fields == before:
-        return
-    fixed = ("qformer", "stc", "pixel_shuffle", "tome")
-    if fields["type"] in fixed or (before is not None and before["type"] in fixed):
-        raise ConfigError(
-            f"model.compressor: {fields['type']} cannot take the place of {before and before['type']} in a trained "
-            "checkpoint, whose weights belong to it; leave it out, or choose one without weights for both"
-        )
-    model.set_compressor(section)
-    model.config.compressor = fields
 
 
 def finish_model(
@@ -356,7 +342,7 @@ def _config_and_tower(
 
 def _reader_name(config: ModelConfig) -> str:
     """Name of the text encoder that reads questions; empty where none are read."""
-    return config.compressor.instruction_tower if isinstance(config.compressor, QFormerConfig) else ""
+    return str(getattr(config.compressor, "instruction_tower", ""))
 
 
 def _instruction_tower(

@@ -18,6 +18,7 @@ from llava_scale.compressors import (
     CompressedTokens,
     Compressor,
     Context,
+    CustomCompressor,
     Instruction,
     Projector,
     SignalTap,
@@ -31,9 +32,10 @@ from llava_scale.compressors import (
     parse_compressor,
     token_count,
 )
-from llava_scale.config.compressor import PoolConfig, QFormerConfig, RatioConfig, StcConfig, TomeConfig
+from llava_scale.config.compressor import CustomConfig, PoolConfig, QFormerConfig, RatioConfig, StcConfig, TomeConfig
 from llava_scale.errors import ConfigError, ShapeError
 from llava_scale.towers import VisionTower
+from llava_scale.towers.base import remember_constants
 from llava_scale.towers.instruction import InstructionTower
 from llava_scale.types import AudioFeatures, Grid
 
@@ -109,12 +111,35 @@ class VisualPath:
             )
         elif isinstance(section, StcConfig):
             self.compressor = build_stc(section, in_width=in_width, text_width=self.config.text_config.hidden_size)
+        elif isinstance(section, CustomConfig):
+            self.compressor = self._custom(section, in_width)
         else:
             self.compressor = build_weightless(section)
         if self.compressor is not None and self.compressor.needs_signals:
             self._tap = SignalTap(tower, tower.num_prefix_tokens)
         self._count = token_count(section, num_blocks=self.tome.num_blocks if self.tome else 0)
-        return self.compressor.out_width(in_width) if self.compressor and not self._after_projector else in_width
+        return self.compressor_width
+
+    @property
+    def compressor_width(self) -> int:
+        """Width of the tokens that the projector gets."""
+        width = self.vision_tower.hidden_size
+        return self.compressor.out_width(width) if self.compressor and not self._after_projector else width
+
+    def _custom(self, section: CustomConfig, in_width: int) -> CustomCompressor:
+        text_width: int = self.config.text_config.hidden_size
+        made = CustomCompressor(
+            section,
+            in_width=text_width if section.after_projector else in_width,
+            instruction_width=self.instruction_tower.hidden_size if self.instruction_tower else 0,
+        )
+        remember_constants(made)
+        if section.after_projector and made.out_width(text_width) != text_width:
+            raise ConfigError(
+                f"model.compressor: {made.name} makes tokens of width {made.out_width(text_width)} from projected ones "
+                f"of {text_width}; leave out after_projector"
+            )
+        return made
 
     def set_ratio(self, ratio: float) -> None:
         """Remove another share of the tokens from now on, in compressors that remove one.
@@ -221,7 +246,7 @@ class VisualPath:
 
     @property
     def _after_projector(self) -> bool:
-        return isinstance(self._section, RatioConfig | PoolConfig) and self._section.after_projector
+        return isinstance(self._section, RatioConfig | PoolConfig | CustomConfig) and self._section.after_projector
 
     @property
     def _frame_grid(self) -> tuple[int, int]:

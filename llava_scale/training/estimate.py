@@ -141,7 +141,7 @@ def estimate(
         squares=samples_per_step * length**2,
         supervised=supervised * train.rows_per_step,
         visual=samples_per_step * sample.pictures * visual,
-        pictures=samples_per_step * sample.pictures,
+        pictures=0.0 if config.data.features else samples_per_step * sample.pictures,
     )
     flops = model_cost(model).flops(work)
     num_steps = train.steps or math.ceil(train.epochs * num_samples / samples_per_step)
@@ -197,11 +197,11 @@ def model_without_memory(config: ModelConfig) -> Any:
     if config.init_from:
         full = LlavaScaleConfig.from_pretrained(config.init_from)
     else:
+        if ":" in config.vision_tower:
+            raise ConfigError("a vision tower by import path has no config to estimate from; name a similar one")
         if config.preset:
             text, vision = tiny_text_config(len(tiny_tokenizer()) + 3), tiny_vision_config()
         else:
-            if ":" in config.vision_tower:
-                raise ConfigError("a vision tower by import path has no config to estimate from; name a similar one")
             text, vision = AutoConfig.from_pretrained(config.language_model), vision_config_of(config.vision_tower)
         options: dict[str, Any] = {
             "text_config": text,

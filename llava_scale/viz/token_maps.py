@@ -120,10 +120,12 @@ class Looker:
         assert section is not None
         if ratios and not isinstance(section, RatioConfig):
             raise ConfigError(f"model.compressor of type {self.kind} has no ratio; leave --ratio out")
+        if not ratios:  # as it is: a compressor that is put in anew would have lost its weights
+            return [self._merge_map(frames, section)]
         maps = []
         try:
-            for ratio in ratios or (None,):
-                chosen = section if ratio is None else _with_ratio(section, ratio)
+            for ratio in ratios:
+                chosen = _with_ratio(section, ratio)
                 self.model.set_compressor(chosen)
                 maps.append(self._merge_map(frames, chosen))
         finally:

@@ -1,8 +1,10 @@
-"""Puts the Tux Paint example's folder on the import path, as running its script does."""
+"""Puts the examples' folders on the import path, as running their scripts does."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "tuxpaint"))
+EXAMPLES = Path(__file__).parents[2] / "examples"
+for folder in (EXAMPLES, EXAMPLES / "tuxpaint"):
+    sys.path.insert(0, str(folder))
