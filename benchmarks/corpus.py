@@ -43,6 +43,11 @@ class Corpus:
         """Shards packed with ``--image-size``."""
         return self.folder / "prepared"
 
+    @property
+    def plain(self) -> Path:
+        """The same with ``--image-format ppm``."""
+        return self.folder / "plain"
+
     @cached_property
     def urls(self) -> list[str]:
         """Paths of the faithful tars."""
@@ -84,7 +89,8 @@ def make(folder: Path, num_samples: int, num_shards: int) -> Corpus:
     (folder / "data.json").write_text(json.dumps(records))
     shard_size = -(-num_samples // num_shards)
     prepared = MediaOptions(image_size=SIZE, image_background=BACKGROUND)
-    for out, options in ((corpus.shards, MediaOptions()), (corpus.prepared, prepared)):
+    plain = MediaOptions(image_size=SIZE, image_background=BACKGROUND, image_format="ppm")
+    for out, options in ((corpus.shards, MediaOptions()), (corpus.prepared, prepared), (corpus.plain, plain)):
         pack(folder / "data.json", out, media_root=corpus.images, shard_size=shard_size, options=options)
     _train_tokenizer(records).save_pretrained(folder / "tokenizer")
     done.write_text(json.dumps(wanted))

@@ -88,7 +88,7 @@ class Ours(Peer):
 
     needs = "llava_scale.data.loader llava_scale.model.tokens"
     worker_type: ClassVar[str] = "thread"
-    on_prepared: ClassVar[bool] = False
+    shards: ClassVar[str] = "shards"
     packed: ClassVar[bool] = False
     normalised: ClassVar[bool] = False
 
@@ -99,7 +99,7 @@ class Ours(Peer):
         from llava_scale.data.media import ImageTransform
         from llava_scale.model.tokens import MediaCounter
 
-        path = self.corpus.prepared if self.on_prepared else self.corpus.shards
+        path = getattr(self.corpus, self.shards)
         packing = PackingConfig(mode="tokens" if self.packed else "samples", samples_per_row=self.batch)
         config = DataConfig(
             sources=(SourceConfig(path=str(path)),),
@@ -155,14 +155,20 @@ class OursInProcesses(Ours):
 class OursOnPrepared(Ours):
     """On shards packed at the model's picture size."""
 
-    on_prepared = True
+    shards = "prepared"
 
 
 class OursOnPreparedInProcesses(Ours):
     """Prepared shards, worker processes."""
 
     worker_type = "process"
-    on_prepared = True
+    shards = "prepared"
+
+
+class OursOnPlain(Ours):
+    """On shards packed at the model's picture size without compression."""
+
+    shards = "plain"
 
 
 class OursNormalised(Ours):

@@ -51,7 +51,7 @@ def _parameter_row(parameter: Any) -> str:
     shown = " / ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
     if parameter.param_type_name == "argument":
         shown = f"`{parameter.metavar or parameter.name.upper()}`"
-    default = parameter.default
+    default = getattr(parameter.default, "value", parameter.default)  # of a choice
     known = default not in (None, "", (), False) and not callable(default) and not parameter.required
     return f"| {shown} | {f'`{default}`' if known else ''} | {_cell(getattr(parameter, 'help', '') or '')} |"
 

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from llava_scale.data.write import PackResult
 
 
+class PictureFormat(str, enum.Enum):
+    """How prepared pictures are stored."""
+
+    jpeg = "jpeg"
+    ppm = "ppm"
+
+
 class Aspect(str, enum.Enum):
     """How a picture becomes square."""
 
@@ -62,7 +69,10 @@ def pack(
     engine: Annotated[EngineName, typer.Option(help="Processes here, or a Ray cluster.")] = EngineName.pool,
     image_size: Annotated[int, typer.Option(min=0, help="Longer side of stored pictures; 0 copies them.")] = 0,
     image_aspect: Annotated[Aspect, typer.Option(help="With --image-size: pad or stretch to a square.")] = Aspect.pad,
-    image_quality: Annotated[int, typer.Option(min=1, max=100, help="With --image-size: JPEG quality.")] = 92,
+    image_format: Annotated[
+        PictureFormat, typer.Option(help="With --image-size: JPEG, or the very pixels without compression.")
+    ] = PictureFormat.jpeg,
+    image_quality: Annotated[int, typer.Option(min=1, max=100, help="With --image-size: JPEG quality.")] = 90,
     image_background: Annotated[str, typer.Option(help="With --image-size: colour of padding.")] = "127,127,127",
     video_frames: Annotated[
         str, typer.Option(help="With --image-size: store frames of videos: a number, or fps=1 for one a second.")
@@ -80,6 +90,7 @@ def pack(
     options = MediaOptions(
         image_size=image_size,
         image_aspect=image_aspect.value,
+        image_format=image_format.value,
         image_quality=image_quality,
         image_background=_color(image_background),
         audio_rate=audio_rate,
@@ -87,7 +98,7 @@ def pack(
         **_frames(video_frames),
     )
     if not image_size and options != MediaOptions(verify=verify.value, audio_rate=audio_rate):
-        raise ConfigError("--image-aspect, --image-quality and --image-background need --image-size")
+        raise ConfigError("--image-aspect, --image-format, --image-quality and --image-background need --image-size")
     with _progress("records") as on_progress:
         result = pack_data(
             source,

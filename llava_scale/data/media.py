@@ -20,6 +20,7 @@ from torch.nn import functional
 from llava_scale.data.containers import MediaLimits, opened, packets_of, seconds, sound_end_s
 from llava_scale.data.jpeg import UPRIGHT, JpegHeader, decode_jpeg, exif_orientation, jpeg_header
 from llava_scale.data.names import EXTENSIONS
+from llava_scale.data.ppm import ppm_pixels
 from llava_scale.errors import ConfigError, SampleError, ShapeError, suggest
 from llava_scale.types import MediaInfo, MediaKind
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow opens a multi-picture MPO as its JPEG
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow opens a multi-picture MPO as its JPEG
 _DEEP_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _BAND_PIXELS = 1 << 18
 """Pixels of a padded band of rows; small enough for the processor's cache."""
@@ -50,7 +51,7 @@ _TURNS: dict[int, Callable[[Any], Any]] = {
 def decode_image(data: bytes, *, max_pixels: int) -> Tensor:
     """Upright RGB pixels of a picture: uint8 ``(3, H, W)``, channels-last in memory.
 
-    The format is told by the bytes, not by a file name: JPEG, PNG, WebP, GIF, BMP, TIFF. EXIF orientation is
+    The format is told by the bytes, not by a file name: JPEG, PNG, WebP, GIF, BMP, TIFF, PPM. EXIF orientation is
     applied; transparency is laid on white; CMYK, palettes and grey become RGB (colour profiles are ignored); 16-bit
     grey is scaled by 1/257; of an animation or a multi-page file the first picture is taken.
 
@@ -140,41 +141,36 @@ class ImageTransform:
             ShapeError: if ``out`` has another shape or type.
         """
         header = jpeg_header(data)
-        if out is not None and header is not None and self._decode_in_place(data, header, out):
+        if out is not None and self._decode_in_place(data, header, out):
             return out
         pixels = _decode(data, header, max_pixels=self.max_pixels, reduction_for=self.reduction)
         return self._fit(torch.from_numpy(pixels), out)
 
-    def _decode_in_place(self, data: bytes, header: JpegHeader, out: Tensor) -> bool:
-        """Decode a JPEG whose longer side is that of the square into ``out``; whether that was possible."""
-        size, height, width = self.size, header.height, header.width
+    def _decode_in_place(self, data: bytes, header: JpegHeader | None, out: Tensor) -> bool:
+        """Decode a picture whose longer side is that of the square into ``out``; whether that was possible."""
+        plain = ppm_pixels(data) if header is None else None
+        if header is not None:
+            width, height, orientation = header
+        elif plain is not None:
+            (height, width, _), orientation = plain.shape, UPRIGHT
+        else:
+            return False
+        size = self.size
         fits = max(height, width) == size and (height == width or self.aspect == "pad")
-        if not fits or header.orientation != UPRIGHT or out.shape != self.shape or out.dtype != torch.uint8:
+        if not fits or orientation != UPRIGHT or out.shape != self.shape or out.dtype != torch.uint8:
             return False
         _check_pixels(width, height, self.max_pixels)
-        if width < size:
-            return self._decode_between_bars(data, header, out)
-        square = out.permute(1, 2, 0)
-        if not square.is_contiguous():
-            return False
-        start = (size - height) // 2
-        end = start + height
-        if decode_jpeg(data, header, reduction=1, into=square[start:end].numpy()) is None:
-            return False
-        if height < size:
-            flat = square.view(size, -1)
-            flat[:start] = flat[end:] = _background_row(self.background, size)
-        return True
-
-    def _decode_between_bars(self, data: bytes, header: JpegHeader, out: Tensor) -> bool:
-        pixels = decode_jpeg(data, header, reduction=1)
-        if pixels is None:
-            return False
-        start = (self.size - header.width) // 2
-        end = start + header.width
         square = out.permute(1, 2, 0).numpy()
-        square[:, :start] = square[:, end:] = self.background
-        square[:, start:end] = pixels
+        top, left = (size - height) // 2, (size - width) // 2
+        inside = square[top : top + height, left : left + width]
+        into = inside if header is not None and inside.flags.c_contiguous else None
+        if header is not None:
+            plain = decode_jpeg(data, header, reduction=1, into=into)
+            if plain is None:
+                return False
+        if into is None:
+            inside[...] = plain
+        _fill_bars(square, inside, self.background)
         return True
 
     def from_tensor(self, pixels: Tensor, out: Tensor | None = None) -> Tensor:
@@ -243,6 +239,15 @@ class ImageTransform:
         return rows
 
 
+def _fill_bars(square: NDArray[np.uint8], picture: NDArray[np.uint8], background: tuple[int, int, int]) -> None:
+    """Paint what ``square`` holds above, below and beside the picture in its middle."""
+    size, (height, width, _) = len(square), picture.shape
+    top, left = (size - height) // 2, (size - width) // 2
+    row = _background_row(background, size).numpy().reshape(size, 3)
+    square[:top] = square[top + height :] = row
+    square[:, :left], square[:, left + width :] = row[:left], row[left + width :]
+
+
 def _resize(pixels: Tensor, height: int, width: int) -> Tensor:
     """``(H, W, 3)`` -> ``(height, width, 3)``, both contiguous: torch's fastest layout for uint8."""
     if pixels.shape[:2] == (height, width):
@@ -263,6 +268,10 @@ def _decode(
     """Upright RGB ``(H, W, 3)``, C-contiguous; ``reduction_for(width, height)`` says how far a JPEG is shrunk."""
     pixels = None
     orientation = UPRIGHT
+    plain = ppm_pixels(data) if header is None else None
+    if plain is not None:
+        _check_pixels(plain.shape[1], plain.shape[0], max_pixels)
+        return plain.copy()
     if header is not None:
         _check_pixels(header.width, header.height, max_pixels)
         pixels = decode_jpeg(data, header, reduction=reduction_for(header.width, header.height))

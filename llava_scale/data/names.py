@@ -26,6 +26,7 @@ EXTENSIONS: dict[str, MediaKind] = {
     "bmp": "image",
     "tif": "image",
     "tiff": "image",
+    "ppm": "image",
     "mp4": "video",
     "webm": "video",
     "mkv": "video",

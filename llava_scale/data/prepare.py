@@ -1,4 +1,4 @@
-"""Media prepared for shards: pictures and frames as JPEGs of the model's size, sound as FLAC at the model's rate."""
+"""Media prepared for shards: pictures and frames at the model's size, sound as FLAC at the model's rate."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from llava_scale.data.names import NO_FRAME
+from llava_scale.data.ppm import ppm_file
 from llava_scale.data.shard_writer import NewMedia
 from llava_scale.errors import ConfigError
 from llava_scale.types import MediaInfo, MediaKind
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _MAX_FRAMES = 1_000  # more would be a mistake: a frame number has nine digits, a row of tokens far fewer
 _FLAC_BLOCK = 4_096
+_TRACK_RATE = 16_000  # what audio towers hear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,9 +28,9 @@ class MediaOptions:
     """What happens to media on their way into a shard.
 
     Attributes:
-        image_size: Store pictures as JPEGs whose longer side is this, frames as squares of it; 0 copies files byte
-            for byte.
+        image_size: Store pictures whose longer side is this, frames as squares of it; 0 copies files byte for byte.
         image_aspect: ``pad`` keeps the shape (readers pad to a square), ``resize`` stretches to a square.
+        image_format: ``jpeg``, or ``ppm``: the very pixels, for eight to ten times the bytes and none of the decoding.
         image_quality: JPEG quality of prepared pictures, 1 to 100.
         image_background: RGB colour of the padding.
         video_frames: Store this many frames of each video, from the middles of equal spans, instead of the file.
@@ -40,7 +42,8 @@ class MediaOptions:
 
     image_size: int = 0
     image_aspect: Literal["pad", "resize"] = "pad"
-    image_quality: int = 92
+    image_format: Literal["jpeg", "ppm"] = "jpeg"
+    image_quality: int = 90
     image_background: tuple[int, int, int] = (127, 127, 127)
     video_frames: int = 0
     video_fps: float = 0.0
@@ -63,7 +66,8 @@ class MediaOptions:
     def prepared(self) -> dict[str, Any]:
         """Return what ``dataset.json`` says of prepared media; empty where they are copies."""
         values = asdict(self)
-        names = ["image_size", "image_aspect", "image_quality", "image_background"] if self.image_size else []
+        names = ["image_size", "image_aspect", "image_format", "image_background"] if self.image_size else []
+        names += ["image_quality"] if self.image_size and self.image_format == "jpeg" else []
         names += [name for name in ("video_frames", "video_fps", "audio_rate") if values[name]]
         return {name: values[name] for name in names}
 
@@ -85,15 +89,33 @@ def prepare(kind: MediaKind, number: int, data: bytes, options: MediaOptions) ->
     if kind == "image" and options.image_size:
         pixels = _without_bars(_image_transform(options)(data), data, options)
         return Prepared((_picture("image", number, NO_FRAME, pixels, options),))
-    if kind == "video" and (options.video_frames or options.video_fps):
+    if kind == "video" and stores_frames(options):
         return _frames(number, data, options)
     if kind == "audio" and options.audio_rate:
-        from llava_scale.data.audio import AudioTransform
-
-        wave = AudioTransform(sample_rate=options.audio_rate)(data).data
-        info = MediaInfo(kind="audio", duration_s=len(wave) / options.audio_rate)
-        return Prepared((NewMedia("audio", "flac", number, NO_FRAME, _flac(wave, options.audio_rate), info),))
+        return _sound(number, data, options.audio_rate)
     return None
+
+
+def stores_frames(options: MediaOptions) -> bool:
+    """Whether videos are stored as frames, without their files."""
+    return bool(options.video_frames or options.video_fps)
+
+
+def stored_track(number: int, data: bytes, options: MediaOptions) -> Prepared:
+    """The sound track of a video whose file is not kept, as a FLAC at the rate of sounds or else 16 kHz.
+
+    Raises:
+        SampleError: there is none, or it cannot be decoded.
+    """
+    return _sound(number, data, options.audio_rate or _TRACK_RATE)
+
+
+def _sound(number: int, data: bytes, rate: int) -> Prepared:
+    from llava_scale.data.audio import AudioTransform
+
+    wave = AudioTransform(sample_rate=rate)(data).data
+    info = MediaInfo(kind="audio", duration_s=len(wave) / rate)
+    return Prepared((NewMedia("audio", "flac", number, NO_FRAME, _flac(wave, rate), info),))
 
 
 def _frames(number: int, data: bytes, options: MediaOptions) -> Prepared:
@@ -113,7 +135,7 @@ def _without_bars(pixels: Tensor, data: bytes, options: MediaOptions) -> Tensor:
     """Cut off the padding, equally much on both sides: readers pad again, exactly and for less than decoding bars."""
     from llava_scale.data.media import probe
 
-    info = probe("jpg", data)
+    info = probe("jpg", data)  # any picture: bytes tell the format
     side = options.image_size
     if options.image_aspect != "pad" or info.width == info.height:
         return pixels
@@ -130,10 +152,12 @@ def _without_bars(pixels: Tensor, data: bytes, options: MediaOptions) -> Tensor:
 def _picture(kind: MediaKind, number: int, frame: int, pixels: Tensor, options: MediaOptions) -> NewMedia:
     from PIL import Image
 
-    buffer = io.BytesIO()
     rows = pixels.permute(1, 2, 0).contiguous().numpy()
-    Image.fromarray(rows).save(buffer, format="JPEG", quality=options.image_quality)
     info = MediaInfo(kind=kind, width=rows.shape[1], height=rows.shape[0], num_frames=1)
+    if options.image_format == "ppm":
+        return NewMedia(kind, "ppm", number, frame, ppm_file(rows), info)
+    buffer = io.BytesIO()
+    Image.fromarray(rows).save(buffer, format="JPEG", quality=options.image_quality)
     return NewMedia(kind, "jpg", number, frame, buffer.getvalue(), info)
 
 

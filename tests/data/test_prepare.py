@@ -1,23 +1,28 @@
 from __future__ import annotations
 
+import io
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from llava_scale.cli import build_app
 from llava_scale.data.audio import AudioTransform
 from llava_scale.data.dataset import open_dataset
 from llava_scale.data.media import ImageTransform
+from llava_scale.data.ppm import ppm_file, ppm_pixels
 from llava_scale.data.prepare import MediaOptions
 from llava_scale.data.sampling import FrameSampling
 from llava_scale.data.video import VideoTransform
 from llava_scale.data.write import pack
-from llava_scale.errors import ConfigError
+from llava_scale.errors import ConfigError, SampleError
 from tests.data.media_files import numbered_video, read_number, tone_file
 
 SIZE = 96
+SIZES = ((200, 150), (150, 200), (96, 50), (50, 96), (96, 96), (31, 7))
 
 
 def talk(*kinds):
@@ -136,3 +141,49 @@ def test_the_command_refuses_other_numbers_of_frames(source, text):
     )
     assert done.exit_code != 0
     assert "--video-frames must be a number of frames or fps=RATE" in str(done.exception)
+
+
+def test_pictures_without_compression_are_the_very_pixels_that_their_files_give(tmp_path):
+    rng = np.random.default_rng(0)
+    records = []
+    for number, (width, height) in enumerate(SIZES):
+        name = f"{number}.{'jpg' if number % 2 else 'png'}"
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(tmp_path / name)
+        records.append({"id": str(number), "image": name, "conversations": talk("image")})
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    options = MediaOptions(image_size=SIZE, image_format="ppm", image_background=(9, 8, 7))
+    pack(tmp_path / "data.json", tmp_path / "out", media_root=tmp_path, options=options)
+    transform = ImageTransform(SIZE, "pad", (9, 8, 7))
+    dataset = open_dataset(str(tmp_path / "out"))
+    assert dataset.info.prepared["image_format"] == "ppm"
+    for number, record in enumerate(records):
+        ((extension, data),) = dataset.sample(number).media["image"]
+        wanted = transform((tmp_path / record["image"]).read_bytes())
+        assert extension == "ppm"
+        assert torch.equal(transform(data), wanted)
+        block = torch.full((1, SIZE, SIZE, 3), 77, dtype=torch.uint8).permute(0, 3, 1, 2)
+        assert torch.equal(transform(data, block[0]), wanted)
+        with Image.open(io.BytesIO(data)) as image:
+            assert max(image.size) == SIZE
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", ["jpg", "ppm"])
+def test_decoding_in_place_gives_the_same_as_decoding(kind, size):
+    rng = np.random.default_rng(1)
+    buffer = io.BytesIO()
+    pixels = rng.integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).save(buffer, format="JPEG" if kind == "jpg" else "PPM")
+    for aspect in ("pad", "resize"):
+        transform = ImageTransform(SIZE, aspect, (9, 8, 7))
+        out = torch.full((1, SIZE, SIZE, 3), 77, dtype=torch.uint8).permute(0, 3, 1, 2)[0]
+        assert torch.equal(transform(buffer.getvalue(), out), transform(buffer.getvalue()))
+
+
+def test_a_short_or_unusual_ppm_is_left_to_pillow():
+    whole = ppm_file(np.full((2, 3, 3), 5, np.uint8))
+    assert np.array_equal(ppm_pixels(whole), np.full((2, 3, 3), 5))
+    for data in (whole[:-1], whole + b"x", b"P6\n# note\n3 2\n255\n" + bytes(18), b"P6\n3 2\n31\n" + bytes(18), b""):
+        assert ppm_pixels(data) is None
+    with pytest.raises(SampleError, match="PPM"):
+        ImageTransform(SIZE)(whole[:-1])
