@@ -177,6 +177,9 @@ class PackedRow:
         audio_lengths: ``(W,)`` int64 samples in each window; None without sounds.
         audio_grids: One grid a sound.
         audio_num_tokens: Tokens each sound takes in ``input_ids``.
+        image_features: ``(I, N, D)`` of a frozen tower, computed ahead, instead of ``pixel_values``; or None.
+        video_features: ``(F, N, D)``, the same of all frames.
+        audio_features: ``(sum of features, D)``, the same of all sounds.
         instructions: For each picture, then each video, then each sound: the human turns of its sample without
             placeholders.
         keys: Keys of the samples, in order.
@@ -198,6 +201,9 @@ class PackedRow:
     audio_lengths: Tensor | None = None
     audio_grids: tuple[Grid, ...] = ()
     audio_num_tokens: tuple[int, ...] = ()
+    image_features: Tensor | None = None
+    video_features: Tensor | None = None
+    audio_features: Tensor | None = None
     instructions: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     skipped: tuple[SkippedSample, ...] = ()

@@ -12,6 +12,7 @@ _COMMANDS = (
     "data_view",
     "data_toy",
     "train",
+    "precompute",
     "estimate",
     "use",
     "serve",

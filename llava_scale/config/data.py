@@ -67,6 +67,9 @@ class DataConfig:
     """Threads start at once and share memory; processes suit decoders that hold the interpreter lock."""
     prefetch_rows: Count = 4
     """Rows prepared ahead per worker."""
+    features: str = ""
+    """Folder of tower features that ``llava-scale precompute`` made of this data: read instead of decoding media and
+    running the frozen towers."""
     max_bad_fraction: Fraction = 0.01
     """Share of unusable samples that stops the run (checked after the first 1,000)."""
     max_bad_in_a_row: Count = 100

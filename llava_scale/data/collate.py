@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llava_scale.data.decoding import OtherMedia, decode_others, different_shapes, joined_frames
+from llava_scale.data.features import join_rows
 from llava_scale.data.lengths import UNREADABLE
 from llava_scale.data.memory import empty
 from llava_scale.errors import SampleError, ShapeError, ShardError
@@ -30,6 +31,7 @@ from llava_scale.types import (
 if TYPE_CHECKING:
     from llava_scale.data.chat import ChatEncoder
     from llava_scale.data.dataset import ShardedDataset
+    from llava_scale.data.features import FeatureFolder, Rows
     from llava_scale.data.planner import PlannedSample, RowPlan
     from llava_scale.types import MediaInfo, MediaTokenCounter, MediaTokens, Sample, Turn
 
@@ -90,6 +92,7 @@ class RowBuilder:
         transforms: Per kind the way from encoded bytes to a tensor; a kind without one is an error of the sample.
         row_length: Most tokens of one sample.
         truncate: Whether the text of longer samples is cut at its end.
+        features: Tower features computed ahead; media of the kinds that it holds are not decoded.
     """
 
     datasets: Sequence[ShardedDataset]
@@ -98,6 +101,7 @@ class RowBuilder:
     transforms: Mapping[MediaKind, MediaTransform]
     row_length: int
     truncate: bool = False
+    features: FeatureFolder | None = None
 
     def build(self, plan: RowPlan) -> BuiltRow:
         """Build one row; samples that cannot be used are left out and reported.
@@ -163,7 +167,7 @@ class RowBuilder:
         by_kind: dict[MediaKind, list[MediaTokens]] = {}
         for kind, counted in tokens:
             by_kind.setdefault(kind, []).append(counted)
-        media = self._decode(sample, infos, [counted for _, counted in tokens], pictures)
+        media = self._decode(planned, sample, infos, pictures)
         return PreparedSample(sample.key, ids, labels, instruction_of(sample.turns), media, by_kind, truncated)
 
     def _read(self, members: Sequence[PlannedSample]) -> Iterator[Sample | SampleError]:
@@ -190,18 +194,27 @@ class RowBuilder:
         return [place for place, _ in markers], tokens
 
     def _decode(
-        self, sample: Sample, infos: Sequence[MediaInfo], counted: Sequence[MediaTokens], pictures: PictureBlock
+        self, planned: PlannedSample, sample: Sample, infos: Sequence[MediaInfo], pictures: PictureBlock
     ) -> OtherMedia:
-        """Videos and sounds of a sample; pictures are added to ``pictures``."""
-        files = sample.media.get("image", ())
+        """Videos and sounds of a sample, and what is stored of its media; pictures are added to ``pictures``."""
+        stored = {} if self.features is None else self.features.read(self.datasets[planned.source], planned.number)
+        missing = any(not len(rows) for media in stored.values() for rows in media)
+        leave = () if missing else stored  # what could not be decoded then is decoded now, for its error
+        files = () if "image" in leave else sample.media.get("image", ())
         try:
             for _, data in files:
                 pictures.add(self.transforms["image"], data)
-            if len(files) == len(counted):
+            if len(files) == len(infos) and not stored:
                 return OtherMedia()
-            return decode_others(sample, infos, self.transforms)
+            media = decode_others(sample, infos, self.transforms, leave)
         except SampleError as error:
             raise error.at(shard=sample.shard, key=sample.key) from error
+        if missing:
+            raise ShardError(
+                f"{sample.shard}: sample {sample.key!r} could not be read when features were computed, but can now; "
+                "delete the features of this shard and run llava-scale precompute again"
+            )
+        return replace(media, stored=stored)
 
     def _transform(self, sample: Sample, kind: MediaKind) -> MediaTransform:
         if kind not in self.transforms:
@@ -310,6 +323,9 @@ def lay_out(
         audio_lengths=sounds.lengths if sounds else None,
         audio_grids=media.grids("audio"),
         audio_num_tokens=media.num_tokens("audio"),
+        image_features=join_rows(media.stored["image"]),
+        video_features=join_rows(media.stored["video"]),
+        audio_features=join_rows(media.stored["audio"]),
         instructions=media.instructions(),
         keys=tuple(sample.key for sample in samples),
         skipped=skipped,
@@ -329,12 +345,15 @@ class _Collected:
 
     frames: list[Tensor] = field(default_factory=list)
     sounds: list[AudioFeatures] = field(default_factory=list)
+    stored: dict[MediaKind, list[Rows]] = field(default_factory=lambda: {kind: [] for kind in MEDIA_KINDS})
     tokens: dict[MediaKind, list[MediaTokens]] = field(default_factory=lambda: {kind: [] for kind in MEDIA_KINDS})
     questions: dict[MediaKind, list[str]] = field(default_factory=lambda: {kind: [] for kind in MEDIA_KINDS})
 
     def add(self, sample: PreparedSample) -> None:
         self.frames += sample.media.frames
         self.sounds += sample.media.sounds
+        for kind, rows in sample.media.stored.items():
+            self.stored[kind] += rows
         for kind, tokens in sample.tokens.items():
             self.tokens[kind] += tokens
             self.questions[kind] += [sample.instruction] * len(tokens)

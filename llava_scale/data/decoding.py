@@ -9,7 +9,7 @@ Transforms are given to the loader by the model, which alone knows what its towe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,31 +21,47 @@ from llava_scale.errors import ShapeError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from llava_scale.data.features import Rows
     from llava_scale.types import AudioFeatures, MediaInfo, MediaKind, Sample
 
 
 @dataclass(frozen=True, slots=True)
 class OtherMedia:
-    """What a sample has beside pictures: uint8 frames ``(F, 3, H, W)`` of each video, features of each sound."""
+    """What a sample has beside decoded pictures.
+
+    Attributes:
+        frames: uint8 ``(F, 3, H, W)`` of each video.
+        sounds: Input of the audio tower, of each sound.
+        stored: Per kind the tower features of each medium, where they were computed ahead.
+    """
 
     frames: list[Tensor] = field(default_factory=list)
     sounds: list[AudioFeatures] = field(default_factory=list)
+    stored: Mapping[MediaKind, list[Rows]] = field(default_factory=dict)
 
 
 def decode_others(
-    sample: Sample, infos: Sequence[MediaInfo], transforms: Mapping[MediaKind, Callable[..., Any]]
+    sample: Sample,
+    infos: Sequence[MediaInfo],
+    transforms: Mapping[MediaKind, Callable[..., Any]],
+    leave: Container[MediaKind] = (),
 ) -> OtherMedia:
-    """Decode the videos and sounds of ``sample``, whose index entry says ``infos``.
+    """Decode the videos and sounds of ``sample``, whose index entry says ``infos``, but for the kinds in ``leave``.
 
     Raises:
         SampleError: one cannot be decoded as planned; it is named where a sample has several.
     """
     planned = {kind: [info for info in infos if info.kind == kind] for kind in ("video", "audio")}
-    videos = [_decode_video(sample, number, transforms["video"], info) for number, info in enumerate(planned["video"])]
-    sounds = [
-        transforms["audio"](data, planned=info)
-        for (_, data), info in zip(sample.media.get("audio", ()), planned["audio"], strict=True)
-    ]
+    videos, sounds = [], []
+    if "video" not in leave:
+        videos = [
+            _decode_video(sample, number, transforms["video"], info) for number, info in enumerate(planned["video"])
+        ]
+    if "audio" not in leave:
+        sounds = [
+            transforms["audio"](data, planned=info)
+            for (_, data), info in zip(sample.media.get("audio", ()), planned["audio"], strict=True)
+        ]
     return OtherMedia(videos, sounds)
 
 

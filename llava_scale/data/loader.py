@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from llava_scale.data.chat import ChatEncoder
     from llava_scale.data.collate import BuiltRow
     from llava_scale.data.dataset import ShardedDataset
+    from llava_scale.data.features import FeatureFolder
     from llava_scale.data.workers import Workers
     from llava_scale.types import MediaTokenCounter
 
@@ -64,6 +65,7 @@ def open_stream(
     split: Split = "train",
     skipped_log: Path | None = None,
     pin_memory: bool = False,
+    features: FeatureFolder | None = None,
 ) -> StreamingLoader:
     """Open the data sets of ``config`` and return their stream.
 
@@ -81,9 +83,10 @@ def open_stream(
             ``sources``, once.
         skipped_log: JSON lines file that lists unusable samples.
         pin_memory: Rows in page-locked memory, for training on a CUDA device.
+        features: Tower features computed ahead, read instead of decoding media of the kinds that it holds.
 
     Raises:
-        ConfigError: no data sets, or ranks that do not divide the rows.
+        ConfigError: no data sets, ranks that do not divide the rows, or shards without features.
         ShardError: a data set cannot be opened.
     """
     sources = config.sources if split == "train" or config.holdout else config.eval_sources
@@ -107,6 +110,7 @@ def open_stream(
         split=split,
         skipped_log=skipped_log,
         pin_memory=pin_memory,
+        features=features,
     )
 
 
@@ -143,6 +147,7 @@ class StreamingLoader:
         split: Split = "train",
         skipped_log: Path | None = None,
         pin_memory: bool = False,
+        features: FeatureFolder | None = None,
     ) -> None:
         if rows_per_step % world_size:
             raise ConfigError(
@@ -150,6 +155,8 @@ class StreamingLoader:
                 f"make it a multiple of {world_size}"
             )
         _check_names(datasets)
+        if features is not None:
+            features.check_covers(datasets)
         self._datasets = list(datasets)
         self._config = config
         self._rank = rank
@@ -172,6 +179,7 @@ class StreamingLoader:
             transforms=dict(transforms),
             row_length=config.packing.row_length,
             truncate=config.truncate == "text",
+            features=features,
         )
         self._budget = ErrorBudget(config.max_bad_fraction, config.max_bad_in_a_row, skipped_log)
         self._skipped = [0] * len(self._datasets)

@@ -91,6 +91,19 @@ class AudioPath:
             raise ShapeError("this model does not hear: it was built without model.audio_tower")
         with _no_graph(self.audio_tower):
             features = self.audio_tower.encode(AudioFeatures(audio_values, audio_lengths.to(audio_values.device)))
+        return self.sound_tokens(features, audio_grids, step=step)
+
+    def sound_tokens(
+        self, features: Tensor, audio_grids: Sequence[Grid] | None = None, *, step: int | None = None
+    ) -> list[Tensor]:
+        """Tokens ``(M, D)`` of each sound, from features ``(sum of features, D)`` of the tower.
+
+        Raises:
+            ShapeError: as ``get_audio_features``.
+        """
+        if self.audio_projector is None:
+            raise ShapeError("this model does not hear: it was built without model.audio_tower")
+        features = as_given(features, self.audio_projector)
         lengths = [len(features)] if audio_grids is None else [grid[2] for grid in audio_grids]
         if sum(lengths) != len(features):
             raise ShapeError(
@@ -147,6 +160,13 @@ def _compressor(section: CompressorConfig, in_width: int, text_width: int) -> Co
             "token_merging, random_prune, uniform_prune, divprune, qformer or custom, before the projector"
         )
     return found
+
+
+def as_given(features: Tensor, reader: nn.Module) -> Tensor:
+    """Features that were computed ahead, in the type of the module that reads them; autocast chooses by itself."""
+    if torch.is_autocast_enabled(features.device.type):
+        return features
+    return features.to(next((value.dtype for value in reader.parameters()), features.dtype))
 
 
 def _no_graph(module: nn.Module) -> AbstractContextManager[Any]:

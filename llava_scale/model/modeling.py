@@ -132,6 +132,9 @@ class LlavaScaleForConditionalGeneration(MediaGeneration, VisualPath, AudioPath,
         audio_values: Tensor | None = None,
         audio_lengths: Tensor | None = None,
         audio_grids: Sequence[Grid] | Tensor | None = None,
+        image_features: Tensor | None = None,
+        video_features: Tensor | None = None,
+        audio_features: Tensor | None = None,
         instructions: Sequence[str] | None = None,
         instruction_ids: Tensor | None = None,
         instruction_mask: Tensor | None = None,
@@ -159,6 +162,9 @@ class LlavaScaleForConditionalGeneration(MediaGeneration, VisualPath, AudioPath,
             audio_values: ``(W, T, ...)`` windows of all sounds in order of appearance, made by the processor.
             audio_lengths: ``(W,)`` samples in each.
             audio_grids: Grid of each sound; None for one sound of all windows.
+            image_features: ``(I, N, D)`` of the frozen tower, computed ahead, instead of ``pixel_values``.
+            video_features: ``(F, N, D)``, the same instead of ``pixel_values_videos``.
+            audio_features: ``(sum of features, D)``, the same instead of ``audio_values``.
             instructions: Question that goes with each picture, then with each video; for models that read them.
             instruction_ids: ``(I + videos, L)`` token ids of the same, made by the processor.
             instruction_mask: ``(I + videos, L)`` bool, false on padding.
@@ -174,10 +180,10 @@ class LlavaScaleForConditionalGeneration(MediaGeneration, VisualPath, AudioPath,
             ShapeError: placeholders and media do not match, or the packed row is not laid out as promised.
         """
         media = MediaInputs(
-            pictures=pixel_values,
-            frames=pixel_values_videos,
+            pictures=pixel_values if image_features is None else image_features,
+            frames=pixel_values_videos if video_features is None else video_features,
             video_grids=_as_grids(video_grids),
-            sounds=_as_sounds(audio_values, audio_lengths),
+            sounds=_as_sounds(audio_values, audio_lengths) if audio_features is None else audio_features,
             audio_grids=_as_grids(audio_grids),
             step=step,
             questions=self._questions(instructions, instruction_ids, instruction_mask),
@@ -240,8 +246,10 @@ class LlavaScaleForConditionalGeneration(MediaGeneration, VisualPath, AudioPath,
         """Tokens of all sounds ``(sum of M, D)``; None where there are none."""
         if media.sounds is None:
             return None
-        found = media.sounds
-        return torch.cat(self.get_audio_features(found.values, found.lengths, media.audio_grids, step=media.step))
+        found, grids, step = media.sounds, media.audio_grids, media.step
+        if isinstance(found, Tensor):
+            return torch.cat(self.sound_tokens(found, grids, step=step))
+        return torch.cat(self.get_audio_features(found.values, found.lengths, grids, step=step))
 
     def decode(
         self, embeds: Tensor, cu_seq_lens: Tensor | None, *, attention_mask: Tensor | None, **kwargs: Any

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from llava_scale.types import PackedRow
 
 
+_PIXELS_AND_SOUNDS = ("pixel_values", "pixel_values_videos", "audio_values", "audio_lengths")
+
+
 def row_inputs(row: PackedRow, *, device: torch.device | str | None = None) -> dict[str, Any]:
     """Arguments of the model's ``forward`` for one packed row.
 
@@ -27,7 +30,7 @@ def row_inputs(row: PackedRow, *, device: torch.device | str | None = None) -> d
         "instructions": row.instructions or None,
         "step": row.step,
     }
-    for name in ("pixel_values", "pixel_values_videos", "audio_values", "audio_lengths"):
+    for name in (*_PIXELS_AND_SOUNDS, "image_features", "video_features", "audio_features"):
         values = getattr(row, name)
         inputs[name] = None if values is None else values.to(target, non_blocking=True)
     return inputs

@@ -34,6 +34,7 @@ from llava_scale.compressors import (
 )
 from llava_scale.config.compressor import CustomConfig, PoolConfig, QFormerConfig, RatioConfig, StcConfig, TomeConfig
 from llava_scale.errors import ConfigError, ShapeError
+from llava_scale.model.audible import as_given
 from llava_scale.towers import VisionTower
 from llava_scale.towers.base import remember_constants
 from llava_scale.towers.instruction import InstructionTower
@@ -49,10 +50,10 @@ class MediaInputs:
     """Pictures, videos and sounds of a batch.
 
     Attributes:
-        pictures: ``(I, 3, H, W)``, or None.
-        frames: ``(F, 3, H, W)`` frames of all videos, or None.
+        pictures: ``(I, 3, H, W)``, or features ``(I, N, D)`` of the frozen tower, or None.
+        frames: ``(F, 3, H, W)`` frames of all videos, or their features ``(F, N, D)``, or None.
         video_grids: Grid of each video; None for one video of all frames.
-        sounds: Windows of all sounds, or None.
+        sounds: Windows of all sounds, or features ``(sum of features, D)`` of the frozen tower, or None.
         audio_grids: Grid of each sound; None for one sound of all windows.
         step: Optimizer step of schedules; None at evaluation.
         questions: Token ids and mask ``(I + videos + sounds, L)``, in this order; None for none.
@@ -61,7 +62,7 @@ class MediaInputs:
     pictures: Tensor | None = None
     frames: Tensor | None = None
     video_grids: Sequence[Grid] | None = None
-    sounds: AudioFeatures | None = None
+    sounds: AudioFeatures | Tensor | None = None
     audio_grids: Sequence[Grid] | None = None
     step: int | None = None
     questions: Encoded | None = None
@@ -268,15 +269,39 @@ class VisualPath:
 
     def _run_tower(self, pixels: Tensor, step: int | None) -> tuple[CompressedTokens, TowerSignals | None]:
         """Features of each frame."""
+        if pixels.ndim == 3:
+            return _placed(self._given_features(pixels)), None
         if self.tome is not None:
             assert isinstance(self._count, TomeCount)
             rows, cols = self._frame_grid
             with self.tome.merging(self._count.removals(rows * cols, step)):
                 return self.tome.result(self.vision_tower(pixels)), None
-        tokens: Tensor = self.vision_tower(pixels)
-        places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
-        sizes = torch.ones(places.shape, device=tokens.device)
-        return CompressedTokens(tokens, places, sizes, places), self._tap.signals() if self._tap else None
+        return _placed(self.vision_tower(pixels)), self._tap.signals() if self._tap else None
+
+    def _given_features(self, features: Tensor) -> Tensor:
+        """Features that were computed ahead, in the type of this model.
+
+        Raises:
+            ShapeError: not this tower's.
+            ConfigError: the compressor works inside the tower.
+        """
+        tower = self.vision_tower
+        if features.shape[1:] != (tower.num_tokens, tower.hidden_size):
+            raise ShapeError(
+                f"features computed ahead must be (pictures, {tower.num_tokens}, {tower.hidden_size}), "
+                f"got {tuple(features.shape)}"
+            )
+        if not self.takes_features:
+            raise ConfigError(
+                f"the compressor {self._section.type if self._section else ''!r} looks inside the vision tower and "
+                "cannot work on features computed ahead: leave data.features out"
+            )
+        return as_given(features, self.projector)
+
+    @property
+    def takes_features(self) -> bool:
+        """Whether features of the tower may be computed ahead: nothing changes or reads what is inside it."""
+        return self.tome is None and self._tap is None
 
     def _read(self, questions: Encoded | None) -> Instruction | None:
         """Embedded questions; None without any, or where none are read."""
@@ -286,6 +311,11 @@ class VisualPath:
         ids, mask = (value.to(device, non_blocking=True) for value in questions)
         with _no_graph(self.instruction_tower):
             return Instruction(self.instruction_tower(ids, mask), mask)
+
+
+def _placed(tokens: Tensor) -> CompressedTokens:
+    places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
+    return CompressedTokens(tokens, places, torch.ones(places.shape, device=tokens.device), places)
 
 
 def compressor_section(fields: dict[str, Any] | None) -> CompressorConfig | None:

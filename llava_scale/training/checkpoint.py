@@ -313,7 +313,7 @@ def frozen_fingerprint(model: nn.Module, ranks: Ranks | None = None) -> str:
     ranks = ranks or Ranks()
     frozen = sorted((name, value) for name, value in model.named_parameters() if not value.requires_grad)
     own = [
-        f"{name} {tuple(value.shape)} {value.dtype} {_checksum(value.detach())}\n"
+        f"{name} {tuple(value.shape)} {value.dtype} {parameter_checksum(value.detach())}\n"
         for name, value in frozen[ranks.rank :: ranks.size]
     ]
     digest = hashlib.sha256()
@@ -323,7 +323,7 @@ def frozen_fingerprint(model: nn.Module, ranks: Ranks | None = None) -> str:
     return digest.hexdigest()
 
 
-def _checksum(tensor: Tensor) -> int:
+def parameter_checksum(tensor: Tensor) -> int:
     """Sum of the bit patterns, each times an odd number that depends on its position, modulo 2**64."""
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     flat = tensor.contiguous().view(-1).view(words)

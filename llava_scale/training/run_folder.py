@@ -38,6 +38,7 @@ HARMLESS = (
     "data.eval_sources*",
     "data.sources.*.path",  # data that moved is fine: the loader's state proves that it is the same
     "data.sources.*.name",
+    "data.features",  # a folder that moved; its fingerprint proves that it holds what the towers would make
     "train.output_dir",
     "train.max_bad_steps",
     "train.eval_*",

@@ -17,6 +17,7 @@ from llava_scale.training.engine import Engine, make_engine
 from llava_scale.training.lora import add_adapters
 from llava_scale.training.optim import build_optimizer
 from llava_scale.training.parallel import Ranks
+from llava_scale.training.precompute import check_frozen, open_features
 from llava_scale.training.randomness import seed_everything, seed_rank, set_random_states
 from llava_scale.training.recipe import Recipe, apply_recipe, plan_recipe, set_training_modes
 from llava_scale.training.run_folder import RunFolder, check_same_run
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from llava_scale.config import Config
+    from llava_scale.data.features import FeatureFolder
     from llava_scale.training.checkpoint import TrainerState
     from llava_scale.types import StepBatch
 
@@ -71,12 +73,14 @@ class Parts:
         processor: Saved beside the model at the end.
         stream: Training batches, without end.
         open_eval: Opens the held-out batches from their start; None if there are none.
+        features: Tower features that the batches hold instead of media; None if there are none.
     """
 
     model: nn.Module
     processor: Any
     stream: BatchStream
     open_eval: Callable[[], BatchStream] | None
+    features: FeatureFolder | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +151,8 @@ def build_parts(config: Config, device: torch.device, ranks: Ranks, skipped_log:
     if not config.data.sources:
         raise ConfigError("data.sources is empty: name at least one folder of shards, data.sources=[{path: SHARDS}]")
     model, processor = build_model(config.model, chat_template=config.data.chat_template, seed=config.seed)
+    processor.max_image_pixels = config.data.max_image_pixels
+    features = open_features(config, model, processor, choose_precision(config, device), ranks)
     shared: dict[str, Any] = {
         "seed": config.seed,
         "encoder": processor.chat_encoder,
@@ -154,6 +160,7 @@ def build_parts(config: Config, device: torch.device, ranks: Ranks, skipped_log:
         "image_transform": processor.image_transform,
         "transforms": processor.media_transforms,
         "pin_memory": device.type == "cuda",
+        "features": features,
     }
     stream = open_stream(
         config.data,
@@ -170,6 +177,7 @@ def build_parts(config: Config, device: torch.device, ranks: Ranks, skipped_log:
         processor=processor,
         stream=stream,
         open_eval=(lambda: open_stream(config.data, split="eval", **among, **shared)) if has_eval else None,
+        features=features,
     )
 
 
@@ -203,14 +211,15 @@ def prepare_run(
     state = load_state(checkpoint) if checkpoint else None
     if state is not None and checkpoint is not None:
         check_same_run(state.config, config, checkpoint)
-    device = _choose_device(config, ranks)
+    device = choose_device(config, ranks)
     seed_everything(config.seed)
     parts = build(config, device, ranks, folder.skipped if write else None)
     cleanup.callback(parts.stream.close)
     _add_adapters(parts.model, config, device, ranks)
     recipe = plan_recipe(parts.model, config.train)
+    check_frozen(parts.features, recipe)
     _prepare_model(parts.model, recipe, config)
-    precision = _choose_precision(config, device)
+    precision = choose_precision(config, device)
     sharded = ranks.size > 1 and config.train.parallel.strategy == "fsdp2"
     frozen = frozen_fingerprint(parts.model if sharded else parts.model.to(device), ranks)
     engine = make_engine(
@@ -274,7 +283,12 @@ def _newest_checkpoint(folder: RunFolder, ranks: Ranks, *, rename_damaged: bool)
     return search.found
 
 
-def _choose_device(config: Config, ranks: Ranks) -> torch.device:
+def choose_device(config: Config, ranks: Ranks) -> torch.device:
+    """Where this process trains.
+
+    Raises:
+        ConfigError: an unknown device, or one that is not there.
+    """
     name = config.train.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -285,8 +299,11 @@ def _choose_device(config: Config, ranks: Ranks) -> torch.device:
     return torch.device("cuda", ranks.local_rank) if name == "cuda" and ranks.size > 1 else torch.device(name)
 
 
-def _choose_precision(config: Config, device: torch.device) -> str:
-    """AVX-512's own bf16 instructions are slower than fp32 in practice, so only AMX counts on a CPU."""
+def choose_precision(config: Config, device: torch.device) -> str:
+    """``bf16`` or ``fp32``.
+
+    AVX-512's own bf16 instructions are slower than fp32 in practice, so only AMX counts on a CPU.
+    """
     if config.train.precision != "auto":
         return config.train.precision
     if device.type == "cuda":
