@@ -28,6 +28,7 @@ def chat(
     image: Annotated[list[Path] | None, typer.Option(help="Picture to ask about; may be given several times.")] = None,
     video: Annotated[list[Path] | None, typer.Option(help="Video to ask about.")] = None,
     audio: Annotated[list[Path] | None, typer.Option(help="Sound to ask about.")] = None,
+    video_audio: Annotated[bool, typer.Option("--video-audio", help="Hear the sound tracks of videos too.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this share.")] = 1.0,
@@ -42,7 +43,7 @@ def chat(
 
     Sampling(temperature=temperature, top_p=top_p, seed=seed)  # refuses before the model is loaded
     settings = AnswerSettings(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    session = ChatSession(load_engine(checkpoint, device, dtype), settings)
+    session = ChatSession(load_engine(checkpoint, device, dtype), settings, video_audio=video_audio)
     attached: dict[MediaKind, list[Path] | None] = {"image": image, "video": video, "audio": audio}
     for kind, paths in attached.items():
         for path in paths or ():
@@ -68,8 +69,8 @@ def run(
     """Answer a file of questions; a run that was cut off goes on where it was.
 
     A line of IN: {"id": ..., "image": "a.jpg" or ["a.jpg", "b.jpg"], "question": "..."}, with "video" and
-    "audio" likewise, or "conversations" as in LLaVA's JSON, ending with a human turn. OUT repeats it with "answer" or
-    "error".
+    "audio" likewise and "video_audio": true to hear videos too, or "conversations" as in LLaVA's JSON, ending with a
+    human turn. OUT repeats it with "answer" or "error".
     """
     from llava_scale.errors import ConfigError
     from llava_scale.serving.batch import answer_file

@@ -205,7 +205,7 @@ def _decode(kind: MediaKind, ext: str, content: bytes, max_pixels: int) -> None:
         for _, frame in split_frames(content):
             decode_image(frame, max_pixels=max_pixels)
     else:
-        probe(ext, content)
+        probe("wav" if kind == "audio" else ext, content)  # of a video that is a sound, its track
 
 
 def _duplicates(data: ShardedDataset, hashes: list[NDArray[np.uint64]]) -> list[Problem]:

@@ -120,6 +120,11 @@ def media_order(entry: MediaEntry) -> tuple[int, int, int]:
     return _KINDS[entry.kind], entry.number, entry.frame
 
 
+def is_sound_track(entry: MediaEntry) -> bool:
+    """Whether a sound is the track of a video of its sample and shares that video's bytes."""
+    return entry.kind == "audio" and EXTENSIONS.get(entry.ext) == "video"
+
+
 def is_framed(media: Sequence[MediaEntry]) -> bool:
     """Whether a video among ``media`` is stored as frames."""
     for entry in media:  # noqa: SIM110  # a generator would cost more than the few that there are

@@ -17,7 +17,7 @@ from llava_scale.data.index import (
     media_order,
 )
 from llava_scale.data.names import NO_FRAME, RECORD_SUFFIX, parse_suffix, split_member, unescape_key
-from llava_scale.data.records import FRAME_TIMES, load_record, parse_record, text_length
+from llava_scale.data.records import FRAME_TIMES, load_record, parse_record, text_length, wants_sound_tracks
 from llava_scale.data.tarwalk import TarMember, walk_tar
 from llava_scale.errors import SampleError, ShardError
 from llava_scale.types import MediaInfo, MediaKind
@@ -54,7 +54,7 @@ def build_index(read: Callable[[int, int], bytes], size: int, *, name: str) -> S
     for key, group in _group_members(walk_tar(read, size, shard=name), shard=name).items():
         media = sorted((_probed(entry, read) for entry in group.media), key=media_order)
         record = read(group.record.offset, group.record.size) if group.record else b""
-        media, text_chars = describe(record, media)
+        media, text_chars = describe(record, media, read)
         offset, json_size = (group.record.offset, group.record.size) if group.record else (0, 0)
         builder.add(SampleEntry(unescape_key(key), offset, json_size, tuple(media)), text_chars=text_chars)
     return builder.build(name, tar_bytes=size, tar_sha256=checksum(read, size))
@@ -79,13 +79,17 @@ def count_media(media: Sequence[MediaEntry]) -> dict[MediaKind, int]:
     return counts
 
 
-def describe(record: bytes, media: Sequence[MediaEntry]) -> tuple[list[MediaEntry], int]:
-    """Return the media with what the record says of them (times of stored frames), and the text's length.
+def describe(
+    record: bytes, media: Sequence[MediaEntry], read: Callable[[int, int], bytes]
+) -> tuple[list[MediaEntry], int]:
+    """Return the media with what the record says of them (times of stored frames, sound tracks), and the text's length.
 
-    The length is ``NO_TEXT`` where the sample cannot be used.
+    The length is ``NO_TEXT`` where the sample cannot be used. ``read(offset, size)`` returns bytes of the shard.
     """
     try:
         content = load_record(record)
+        if wants_sound_tracks(content):
+            media = _with_tracks(media, read)
         length = text_length(parse_record(content, count_media(media)))
     except SampleError:
         return list(media), NO_TEXT
@@ -103,8 +107,25 @@ def probe_media(kind: MediaKind, ext: str, data: bytes) -> MediaInfo:
     """
     from llava_scale.data.media import probe
 
+    if kind == "audio":
+        return probe("wav", data)  # any extension of a sound: a video's track counts, not its pictures
     info = probe(ext, data)
     return info if info.kind == kind else replace(info, kind=kind)
+
+
+def _with_tracks(media: Sequence[MediaEntry], read: Callable[[int, int], bytes]) -> list[MediaEntry]:
+    """The media and, before their own sounds, the sound track of each video file; it shares the video's bytes.
+
+    Videos stored as frames have none: packing has stored it as a sound already.
+    """
+    videos = [entry for entry in media if entry.kind == "video" and entry.frame == NO_FRAME]
+    tracks = [
+        _probed(entry._replace(kind="audio", number=number, info=MediaInfo(kind="audio")), read)
+        for number, entry in enumerate(videos)
+    ]
+    own = [entry for entry in media if entry.kind == "audio"]
+    sounds = [entry._replace(number=number) for number, entry in enumerate([*tracks, *own])]
+    return [*(entry for entry in media if entry.kind != "audio"), *sounds]
 
 
 def _group_members(members: Iterable[TarMember], *, shard: str) -> dict[str, _Group]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_scale.data.names import EXTENSIONS
-from llava_scale.data.records import parse_record
+from llava_scale.data.records import parse_record, wants_sound_tracks
 from llava_scale.errors import SampleError, ShardError
 from llava_scale.types import MEDIA_KINDS, MediaKind
 
@@ -131,6 +131,8 @@ def _check(number: int, record: Any, media_root: Path) -> PlannedSample:
         raise SampleError("has no id; give every record an 'id' (text or number)")
     files = tuple(file for kind in MEDIA_KINDS for file in _files(record, kind, media_root))
     counts: dict[MediaKind, int] = {kind: sum(file.kind == kind for file in files) for kind in MEDIA_KINDS}
+    if wants_sound_tracks(record):
+        counts["audio"] += counts["video"]
     parse_record(record, counts)
     return PlannedSample(number, key, {**record, "id": key}, files)
 

@@ -12,8 +12,8 @@ from llava_scale.data.indexing import probe_media
 from llava_scale.data.names import NO_FRAME
 from llava_scale.data.opening import index_name
 from llava_scale.data.pack_plan import BadRecord, PlannedFile, PlannedSample
-from llava_scale.data.prepare import MediaOptions, Prepared, prepare
-from llava_scale.data.records import FRAME_TIMES
+from llava_scale.data.prepare import MediaOptions, Prepared, prepare, stored_track, stores_frames
+from llava_scale.data.records import FRAME_TIMES, wants_sound_tracks
 from llava_scale.data.shard_writer import NewMedia, ShardWriter
 from llava_scale.errors import SampleError
 
@@ -49,7 +49,7 @@ def pack_shard(task: ShardTask) -> int:
     with ShardWriter(task.path) as writer:
         for sample in task.samples:
             try:
-                loaded = [_load(file, number, task) for file, number in _numbered(sample.files)]
+                loaded = _load_all(sample, task)
             except SampleError as error:
                 bad.append(BadRecord(sample.number, sample.key, error.reason))
                 continue
@@ -90,6 +90,25 @@ def _numbered(files: Sequence[PlannedFile]) -> list[tuple[PlannedFile, int]]:
         numbered.append((file, seen.get(file.kind, 0)))
         seen[file.kind] = seen.get(file.kind, 0) + 1
     return numbered
+
+
+def _load_all(sample: PlannedSample, task: ShardTask) -> list[Prepared]:
+    """The sample's media; with sound tracks, one that its video does not keep becomes a sound before the others."""
+    files = _numbered(sample.files)
+    wanted = wants_sound_tracks(sample.record)
+    videos = [file for file in sample.files if file.kind == "video"] if wanted else []
+    stored = videos if stores_frames(task.options) else []
+    loaded = [_load(file, number + (len(stored) if file.kind == "audio" else 0), task) for file, number in files]
+    for number, file in enumerate(videos):
+        data = (task.media_root / file.path).read_bytes()
+        try:
+            if stored:
+                loaded.append(stored_track(number, data, task.options))
+            else:
+                probe_media("audio", file.ext, data)
+        except SampleError as error:
+            raise SampleError(f"sound track of {file.kind} {file.path!r}: {error.reason}") from None
+    return loaded
 
 
 def _load(file: PlannedFile, number: int, task: ShardTask) -> Prepared:

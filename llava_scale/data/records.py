@@ -27,6 +27,8 @@ FRAMES_EXT = "frames"
 """Extension under which a sample hands over a video stored as frames (see ``join_frames``)."""
 FRAME_TIMES = "frame_times_s"
 """Field of the record: per video stored as frames, the time of each frame in seconds."""
+VIDEO_AUDIO = "video_audio"
+"""Field of the record: true makes the sound track of each video a sound of the sample, before its own sounds."""
 
 
 def load_record(data: bytes) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def parse_record(record: Mapping[str, Any], media_counts: Mapping[MediaKind, int
     """Return the conversation of a record whose sample has ``media_counts`` media of each kind.
 
     Media of a kind that the text never mentions are put before the first human turn, each on its own line
-    (LLaVA's habit for captions).
+    (LLaVA's habit for captions). Sound tracks that the text never mentions follow their videos.
 
     Raises:
         SampleError: no conversation; a message that is no text or from nobody known; not in the order
@@ -67,6 +69,8 @@ def parse_record(record: Mapping[str, Any], media_counts: Mapping[MediaKind, int
     """
     turns = _read_turns(record)
     _check_order(turns)
+    if record.get(VIDEO_AUDIO):
+        turns = _with_tracks(turns, media_counts)
     prefix = ""
     marked = [turn for turn in turns if "<" in turn.text]
     for kind, marker in PLACEHOLDERS.items():
@@ -91,6 +95,42 @@ def parse_record(record: Mapping[str, Any], media_counts: Mapping[MediaKind, int
         return turns
     first = next(number for number, turn in enumerate(turns) if turn.role == "user")
     return (*turns[:first], Turn("user", prefix + turns[first].text), *turns[first + 1 :])
+
+
+def wants_sound_tracks(record: Mapping[str, Any]) -> bool:
+    """Whether the sound tracks of a record's videos are sounds of its sample.
+
+    Raises:
+        SampleError: the field that says so is neither true nor false.
+    """
+    wanted = record.get(VIDEO_AUDIO, False)
+    if not isinstance(wanted, bool):
+        raise SampleError(f"its {VIDEO_AUDIO!r} is {wanted!r}; it must be true or false")
+    return wanted
+
+
+def _with_tracks(turns: tuple[Turn, ...], media_counts: Mapping[MediaKind, int]) -> tuple[Turn, ...]:
+    """The turns with a place for each sound track, where they have none: right behind its video.
+
+    Raises:
+        SampleError: no video, or sounds that could be mistaken for tracks.
+    """
+    num_videos, num_sounds = media_counts.get("video", 0), media_counts.get("audio", 0)
+    if not num_videos:
+        raise SampleError(f"has {VIDEO_AUDIO!r} but no video; add one or remove the field")
+    video, audio = PLACEHOLDERS["video"], PLACEHOLDERS["audio"]
+    if any(audio in turn.text for turn in turns):
+        return turns
+    if num_sounds != num_videos:
+        raise SampleError(
+            f"has {_count(num_videos, 'video')} with {VIDEO_AUDIO!r} and {num_sounds} sounds in all, none with a "
+            f"place in the text; mark every one with {audio}, sound tracks first"
+        )
+    if any(video in turn.text for turn in turns):
+        return tuple(turn._replace(text=turn.text.replace(video, video + audio)) for turn in turns)
+    first = next(number for number, turn in enumerate(turns) if turn.role == "user")
+    marked = turns[first]._replace(text=f"{video}{audio}\n" * num_videos + turns[first].text)
+    return (*turns[:first], marked, *turns[first + 1 :])
 
 
 def text_length(turns: Sequence[Turn]) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 
 from llava_scale.data.dataset import ShardedDataset, open_dataset
 from llava_scale.data.files import publish, sync, sync_folder, temporary_name
-from llava_scale.data.index import ShardIndex, heldout_mask
+from llava_scale.data.index import ShardIndex, heldout_mask, is_sound_track
 from llava_scale.data.manifest import DatasetInfo
 from llava_scale.data.opening import index_name, load_index
 from llava_scale.data.shard_writer import NewMedia, ShardWriter
@@ -216,11 +216,12 @@ def _stored(data: ShardedDataset, i: int) -> tuple[str, bytes, list[NewMedia]]:
         raise SampleError("has no json member; remove its files or run: llava-scale data check").at(
             shard=data.shard_name(s), key=entry.key
         )
-    ranges = [(entry.json_offset, entry.json_size), *((medium.offset, medium.size) for medium in entry.media)]
+    stored = [medium for medium in entry.media if not is_sound_track(medium)]
+    ranges = [(entry.json_offset, entry.json_size), *((medium.offset, medium.size) for medium in stored)]
     record, *files = data.store.read_many(data.shard_name(s), ranges)
     media = [
         NewMedia(medium.kind, medium.ext, medium.number, medium.frame, content, medium.info)
-        for medium, content in zip(entry.media, files, strict=True)
+        for medium, content in zip(stored, files, strict=True)
     ]
     return entry.key, record, media
 

@@ -92,15 +92,18 @@ class ShardWriter:
         seen: Counter[MediaKind] = Counter()
         counts = Counter(group[0].kind for group in groups)
         entries = []
+        written: dict[int, bytes] = {}
         for group in groups:
             kind = group[0].kind
             for entry in group:
                 suffix = media_suffix(kind, entry.ext, seen[kind], entry.frame, count=counts[kind])
-                offset = self._append(f"{stored}.{suffix}", next(contents).data)
+                data = next(contents).data
+                offset = self._append(f"{stored}.{suffix}", data)
+                written[offset] = data
                 entries.append(entry._replace(number=seen[kind], offset=offset))
             seen[kind] += 1
         offset = self._append(f"{stored}.{RECORD_SUFFIX}", record)
-        described, text_chars = describe(record, entries)
+        described, text_chars = describe(record, entries, lambda offset, size: written[offset])
         self._builder.add(SampleEntry(key, offset, len(record), tuple(described)), text_chars=text_chars)
 
     def finish(self) -> ShardIndex:

@@ -1,8 +1,9 @@
 """A file of questions in, a file of answers out: batched, and continued where it was cut off.
 
-Input, one JSON object a line: ``question`` or ``conversations`` (ending with the user), ``image`` (a path or a list of
-them) and, if wanted, ``id``. Output, one JSON object a line, in the order of the input: ``line`` (from 1), ``id``,
-``image``, ``question``, ``model``, and ``answer`` or ``error``.
+Input, one JSON object a line: ``question`` or ``conversations`` (ending with the user), ``image``, ``video`` and
+``audio`` (a path or a list of them), ``video_audio`` (true: videos are heard too) and, if wanted, ``id``. Output, one
+JSON object a line, in the order of the input: ``line`` (from 1), the fields of the question, ``model``, and ``answer``
+or ``error``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_scale.data.records import VIDEO_AUDIO, wants_sound_tracks
 from llava_scale.errors import ConfigError, SampleError
 from llava_scale.serving.prompts import GenerationRequest
 from llava_scale.types import MEDIA_KINDS, MediaKind, Turn
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from llava_scale.serving.engine import Engine
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_FIELDS = ("id", "image", "video", "audio", "question", "conversations")
+_FIELDS = ("id", "image", "video", "audio", VIDEO_AUDIO, "question", "conversations")
 _BATCHES_AT_ONCE = 16  # lines share one running batch within these, and are written out after them
 
 
@@ -128,7 +130,8 @@ def read_request(record: dict[str, Any], media_root: Path) -> GenerationRequest:
         turns: tuple[Turn, ...] = (Turn("user", record["question"]),)
     else:
         turns = tuple(_turns(record["conversations"]))
-    return GenerationRequest(turns=turns, media={kind: _paths(record, kind, media_root) for kind in MEDIA_KINDS})
+    media = {kind: _paths(record, kind, media_root) for kind in MEDIA_KINDS}
+    return GenerationRequest(turns=turns, media=media, video_audio=wants_sound_tracks(record))
 
 
 def _paths(record: dict[str, Any], kind: MediaKind, media_root: Path) -> list[Path]:

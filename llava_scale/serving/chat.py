@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_scale.data.media import decode_image, probe
+from llava_scale.data.records import VIDEO_AUDIO
 from llava_scale.errors import ConfigError, SampleError
 from llava_scale.serving.prompts import PROBED_AS, GenerationRequest, place_media
 from llava_scale.serving.sampling import Sampling
@@ -60,6 +61,7 @@ class ChatSession:
         media: Their media, per kind in the order of the placeholders.
         waiting: Media that go with the next question.
         last: The last answer with its counts, finished or stopped.
+        video_audio: Whether videos are heard too.
     """
 
     engine: Engine
@@ -68,6 +70,7 @@ class ChatSession:
     media: Attachments = field(default_factory=dict)
     waiting: Attachments = field(default_factory=dict)
     last: Answer | None = None
+    video_audio: bool = False
     _kept: Kept | None = None
 
     def add(self, kind: MediaKind, path: str | Path) -> MediaInfo:
@@ -99,12 +102,16 @@ class ChatSession:
         Raises:
             SampleError: the question cannot be asked (see ``Engine.stream``).
         """
-        counts = {kind: len(items) for kind, items in self.waiting.items()}
-        (question,) = place_media((Turn("user", text),), counts)
+        waiting = dict(self.waiting)
+        hears_videos = self.video_audio and bool(waiting.get("video"))
+        if hears_videos:
+            waiting["audio"] = (*waiting["video"], *waiting.get("audio", ()))
+        counts = {kind: len(items) for kind, items in waiting.items()}
+        (question,) = place_media((Turn("user", text),), counts, video_audio=hears_videos)
         turns = (*self.turns, question)
         media: Attachments = {}
         for kind in MEDIA_KINDS:
-            if items := (*self.media.get(kind, ()), *self.waiting.get(kind, ())):
+            if items := (*self.media.get(kind, ()), *waiting.get(kind, ())):
                 media[kind] = items
         answer = self._answer(turns, media)
         written = ""
@@ -144,7 +151,8 @@ class ChatSession:
             raise ConfigError("there is no conversation to save yet")
         file = Path(path).expanduser()
         sample: dict[str, object] = {"id": file.stem}
-        for kind, items in self.media.items():
+        media = self._files_of(str(file), sample)
+        for kind, items in media.items():
             paths = [str(Path(item.path).resolve()) for item in items]
             sample[kind] = paths[0] if len(paths) == 1 else paths
         sample["conversations"] = [{"from": _NAMES[turn.role], "value": turn.text} for turn in self.turns]
@@ -156,3 +164,20 @@ class ChatSession:
             raise ConfigError(f"{file} is there already; choose another name") from None
         except OSError as error:
             raise ConfigError(f"cannot write {file}: {error.strerror}") from None
+
+    def _files_of(self, name: str, sample: dict[str, object]) -> Attachments:
+        """The media that the sample of the conversation names; sound tracks come with their videos.
+
+        Raises:
+            ConfigError: sounds whose order a record cannot tell.
+        """
+        videos, sounds = self.media.get("video", ()), self.media.get("audio", ())
+        if not self.video_audio or not videos:
+            return self.media
+        if sounds[: len(videos)] != videos:
+            raise ConfigError(
+                f"{name} cannot be saved: sounds stand before the sound tracks of videos, which a record cannot tell"
+            )
+        sample[VIDEO_AUDIO] = True
+        rest = {kind: items for kind, items in self.media.items() if kind != "audio"}
+        return rest | ({"audio": own} if (own := sounds[len(videos) :]) else {})

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from llava_scale.data.collate import instruction_of
 from llava_scale.data.media import probe
-from llava_scale.data.records import parse_record
+from llava_scale.data.records import VIDEO_AUDIO, parse_record
 from llava_scale.errors import SampleError
 from llava_scale.types import MEDIA_KINDS, AudioFeatures, MediaInfo, MediaKind, Turn
 
@@ -48,11 +48,14 @@ class GenerationRequest:
         media: Per kind the media, in the order of their placeholders.
         change: ``blank`` leaves pictures and frames of one colour and silent sounds: what text alone gives;
             ``shuffle`` brings the frames of each video into another order, always the same for the same file.
+        video_audio: The sound track of each video is a sound of the request, before those in ``media``; in the text it
+            stands right behind its video, unless that places sounds itself.
     """
 
     turns: tuple[Turn, ...]
     media: Mapping[MediaKind, Sequence[Medium]] = field(default_factory=dict)
     change: Change = ""
+    video_audio: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +95,10 @@ def make_prompt(request: GenerationRequest, processor: LlavaScaleProcessor) -> P
             that the model does not take.
     """
     media = {kind: [_encoded(medium) for medium in request.media.get(kind, ())] for kind in MEDIA_KINDS}
-    turns = place_media(request.turns, {kind: len(items) for kind, items in media.items()})
+    if request.video_audio:
+        media["audio"] = [*media["video"], *media["audio"]]
+    counts = {kind: len(items) for kind, items in media.items()}
+    turns = place_media(request.turns, counts, video_audio=request.video_audio)
     waiting = {kind: iter(items) for kind, items in media.items()}
     encoder, counter = processor.chat_encoder, processor.token_counter
     kind_of = {token_id: kind for kind, token_id in encoder.placeholder_ids.items()}
@@ -187,8 +193,15 @@ def _silence(seconds: float) -> bytes:
     return buffer.getvalue()
 
 
-def place_media(turns: Sequence[Turn], counts: Mapping[MediaKind, int]) -> tuple[Turn, ...]:
+def place_media(
+    turns: Sequence[Turn], counts: Mapping[MediaKind, int], *, video_audio: bool = False
+) -> tuple[Turn, ...]:
     """Give media without a placeholder their place, by the rules for samples in a data set.
+
+    Args:
+        turns: The conversation, ending with the user.
+        counts: Media of each kind.
+        video_audio: Sound tracks of the videos are among the sounds.
 
     Raises:
         SampleError: the conversation does not end with the user, or breaks a rule of ``data.records.parse_record``.
@@ -198,7 +211,7 @@ def place_media(turns: Sequence[Turn], counts: Mapping[MediaKind, int]) -> tuple
     messages = [{"from": turn.role, "value": turn.text} for turn in turns]
     # the rules are for whole conversations: lend them the answer that is still to come
     messages.append({"from": "assistant", "value": "?"})
-    return parse_record({"conversations": messages}, counts)[:-1]
+    return parse_record({"conversations": messages, VIDEO_AUDIO: video_audio}, counts)[:-1]
 
 
 def decode_pictures(prompt: Prompt, processor: LlavaScaleProcessor) -> list[Tensor]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import torch
 from llava_scale.config import ModelConfig
 from llava_scale.data.toy.sight_and_sound import make_sight_and_sound
 from llava_scale.data.toy.sounds import make_sound
-from llava_scale.errors import SampleError
+from llava_scale.errors import ConfigError, SampleError
 from llava_scale.model import build_model
 from llava_scale.serving.batch import read_request
 from llava_scale.serving.chat import AnswerSettings, ChatSession
@@ -113,3 +114,39 @@ def test_shuffled_frames_are_the_same_frames_in_another_order(parts, requests):
     order = [next(place for place, frame in enumerate(before) if torch.equal(frame, other)) for other in after]
     assert len(set(order)) >= len(before) // 2
     assert torch.equal(after, media_of(request, processor)[1]["pixel_values_videos"])
+
+
+def test_a_video_is_heard_where_that_is_asked_for(parts, requests, tmp_path):
+    _, processor = parts
+    video = requests[3].media["video"][0]
+    heard = replace(requests[3], video_audio=True)
+    prompt = make_prompt(heard, processor)
+    explicit = GenerationRequest(
+        turns=(Turn("user", "<video><audio>\nwhich one?"),), media={"video": (video,), "audio": (video,)}
+    )
+    assert prompt.input_ids == make_prompt(explicit, processor).input_ids
+    (tmp_path / "clip.mp4").write_bytes(video)
+    line = {"question": "which one?", "video": "clip.mp4", "video_audio": True}
+    assert make_prompt(read_request(line, tmp_path), processor).input_ids == prompt.input_ids
+    with pytest.raises(SampleError, match="true or false"):
+        read_request(line | {"video_audio": 1}, tmp_path)
+
+
+def test_a_conversation_about_a_video_with_its_sound_is_saved_as_a_record_says_it(parts, requests, tmp_path):
+    files = {"clip.mp4": requests[3].media["video"][0], "tone.wav": requests[1].media["audio"][1]}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    session = ChatSession(Engine(*parts), AnswerSettings(max_new_tokens=2), video_audio=True)
+    session.add("video", tmp_path / "clip.mp4")
+    answer = "".join(session.ask("which one?"))
+    expected = Engine(*parts).generate([replace(requests[3], video_audio=True)], max_new_tokens=2)[0]
+    assert answer.strip() == expected.strip()
+    session.turns = session.turns or (Turn("user", "<video><audio>\nwhich one?"), Turn("assistant", "?"))
+    session.media = session.media or dict.fromkeys(("video", "audio"), session.waiting["video"])
+    session.save(tmp_path / "talk.json")
+    (saved,) = json.loads((tmp_path / "talk.json").read_text())
+    assert saved["video_audio"] is True
+    assert "audio" not in saved
+    session.media["audio"] = tuple(reversed((*session.media["audio"], replace(session.media["audio"][0], path="x"))))
+    with pytest.raises(ConfigError, match="sounds stand before"):
+        session.save(tmp_path / "other.json")
