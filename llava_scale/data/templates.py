@@ -34,7 +34,7 @@ CONTENT_PARTS = """\
         {%- set joined.text = joined.text + part['text'] -%}
       {%- else -%}
         {%- set joined.text = joined.text + '<' + part['type'].replace('_url', '') + '>' -%}
-        {%- if not loop.last and loop.nextitem['type'] == 'text' and not loop.nextitem['text'].startswith('\\n') -%}
+        {%- if not loop.last and not (loop.nextitem['text'] or '').startswith('\\n') -%}
           {%- set joined.text = joined.text + '\\n' -%}
         {%- endif -%}
       {%- endif -%}
@@ -44,7 +44,7 @@ CONTENT_PARTS = """\
 {%- endfor -%}
 {%- set messages = joined.messages -%}
 """
-"""Joins contents given as parts into strings: a medium becomes its placeholder, a newline before the text after it."""
+"""Joins contents given as parts into strings: a medium becomes its placeholder, a newline before what follows it."""
 
 FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 """For templates that print today's date: a run resumed tomorrow must see the same tokens."""

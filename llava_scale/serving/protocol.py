@@ -92,7 +92,14 @@ class AudioPart(_Part):
     input_audio: _Sound
 
 
-Part = Annotated[TextPart | ImagePart | VideoPart | AudioPart, Field(discriminator="type")]
+class AudioUrlPart(_Part):
+    """A sound, or a video whose sound is meant, by URL."""
+
+    type: Literal["audio_url"]
+    audio_url: _Url
+
+
+Part = Annotated[TextPart | ImagePart | VideoPart | AudioPart | AudioUrlPart, Field(discriminator="type")]
 
 
 class Message(_Part):
@@ -207,15 +214,14 @@ def read_messages(messages: list[Message], *, max_media: int) -> Conversation:
         for place, part in enumerate(_parts(message)):
             where = f"messages.{number}.content.{place}"
             if isinstance(part, TextPart):
-                text += (
-                    "\n" if text.endswith(tuple(PLACEHOLDERS.values())) and part.text[:1] != "\n" else ""
-                ) + part.text
+                text = _next_line(text, part.text) + part.text
                 continue
             if message.role != "user":
                 raise ApiError(400, f"{where}: only messages of the user hold media", param=where)
             kind, source = _medium(part, where)
             conversation.media.append((kind, source))
-            text += "" if kind in placed else PLACEHOLDERS[kind]
+            if kind not in placed:
+                text = _next_line(text, "") + PLACEHOLDERS[kind]
         conversation.turns.append(Turn(_ROLES[message.role], text))
     if len(conversation.media) > max_media:
         raise ApiError(400, f"the conversation holds {len(conversation.media)} media, at most {max_media} are taken",
@@ -223,21 +229,34 @@ def read_messages(messages: list[Message], *, max_media: int) -> Conversation:
     return conversation
 
 
+def _next_line(text: str, following: str) -> str:
+    """``text`` with a line break where it ends with a medium and ``following`` brings none: what training saw."""
+    return f"{text}\n" if text.endswith(tuple(PLACEHOLDERS.values())) and not following.startswith("\n") else text
+
+
 def _parts(message: Message) -> list[Any]:
     return [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
 
 
-def _medium(part: ImagePart | VideoPart | AudioPart, where: str) -> tuple[MediaKind, bytes | str]:
+def _medium(part: ImagePart | VideoPart | AudioPart | AudioUrlPart, where: str) -> tuple[MediaKind, bytes | str]:
     if isinstance(part, AudioPart):
         return "audio", _decoded(part.input_audio.data, where)
-    kind: MediaKind = "image" if isinstance(part, ImagePart) else "video"
-    url = part.image_url.url if isinstance(part, ImagePart) else part.video_url.url
+    if isinstance(part, AudioUrlPart):
+        return "audio", _located(part.audio_url.url, ("audio", "video"), where)
+    if isinstance(part, ImagePart):
+        return "image", _located(part.image_url.url, ("image",), where)
+    return "video", _located(part.video_url.url, ("video",), where)
+
+
+def _located(url: str, types: tuple[str, ...], where: str) -> bytes | str:
+    """Content of a data: URL whose type begins with one of ``types``; any other URL as it is."""
     if url[:5].lower() != "data:":
-        return kind, url
+        return url
     head, comma, data = url[5:].partition(",")
-    if not comma or not head.lower().startswith(f"{kind}/") or not head.lower().endswith(";base64"):
-        raise ApiError(400, f"{where}: the URL must begin with data:{kind}/...;base64,", param=where)
-    return kind, _decoded(data, where)
+    kind, _, rest = head.lower().partition("/")
+    if not comma or kind not in types or not rest.endswith(";base64"):
+        raise ApiError(400, f"{where}: the URL must begin with data:{types[0]}/...;base64,", param=where)
+    return _decoded(data, where)
 
 
 def _decoded(data: str, where: str) -> bytes:

@@ -7,6 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from llava_scale.data.chat import ChatEncoder
+from llava_scale.data.records import parse_record
 from llava_scale.errors import ConfigError, SampleError
 from llava_scale.types import PLACEHOLDERS, Turn
 
@@ -156,6 +157,18 @@ def test_the_stored_template_renders_the_same_prompt_from_strings_and_from_parts
             messages, chat_template=encoder.jinja, tokenize=False, add_generation_prompt=True
         )
         assert rendered == wanted
+
+
+def test_media_given_as_parts_stand_on_lines_of_their_own_as_in_samples_without_places():
+    tokenizer = make_tokenizer()
+    encoder = ChatEncoder(tokenizer, "native")
+    content = [{"type": "video"}, {"type": "audio"}, {"type": "text", "text": "\nwhich one?"}, {"type": "image"}]
+    sample = {"conversations": [{"from": "human", "value": "which one?"}, {"from": "gpt", "value": "it"}]}
+    turn = parse_record(sample, {"video": 1, "audio": 1})[0]
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], chat_template=encoder.jinja, tokenize=False, add_generation_prompt=True
+    )
+    assert rendered == encoder.render_prompt([Turn("user", f"{turn.text}<image>")])
 
 
 def test_plain_keeps_only_the_placeholders_of_the_human_turn():

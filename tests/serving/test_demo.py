@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import random
 import re
 import socket
 from itertools import pairwise
@@ -14,6 +15,7 @@ from PIL import Image
 
 from llava_scale.cli.demo import draw_map
 from llava_scale.config import load_config
+from llava_scale.data.toy.sight_and_sound import make_sight_and_sound
 from llava_scale.errors import ConfigError
 from llava_scale.model import build_model
 from llava_scale.serving.chat import AnswerSettings
@@ -25,8 +27,8 @@ CHROMIUM = Path("/usr/bin/chromium")
 SETTINGS = AnswerSettings(max_new_tokens=8)
 
 
-def make_engine(compressor):
-    fields = ["model.preset=tiny", f"model.compressor={compressor}"] if compressor else ["model.preset=tiny"]
+def make_engine(compressor, *fields):
+    fields = ["model.preset=tiny", *([f"model.compressor={compressor}"] if compressor else []), *fields]
     model, processor = build_model(load_config(None, fields).model, chat_template="native", seed=3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -45,6 +47,22 @@ def picture(png, tmp_path):
     path = tmp_path / "red.png"
     path.write_bytes(png("red", (300, 200)))
     return str(path)
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """Files of a video and of a sound."""
+    files = []
+    for kind, extension, data in make_sight_and_sound(random.Random(1), "train", 1).media:
+        files.append(tmp_path / f"{kind}.{extension}")
+        files[-1].write_bytes(data)
+    return [str(file) for file in files]
+
+
+@pytest.fixture
+def hearing():
+    sounds = ("model.audio_tower=tiny", "model.audio_compressor={type: pool, window: [1, 1, 4]}")
+    return make_engine("{type: token_merging, ratio: 0.5}", *sounds)
 
 
 def fake_map(pixels, grid, group, anchors):
@@ -68,6 +86,28 @@ def test_an_answer_grows_and_ends_with_counts_and_a_map(engine, picture):
     assert "| media, as the model reads them | 2 (50% fewer) |" in table
     assert merge_map.size == (4, 2)
     assert session.turns[-1].text == answers[-1]
+
+
+def test_a_video_and_a_sound_are_asked_about(hearing, clip, picture):
+    demo = Demo(hearing, SETTINGS, fake_map)
+    *_, (history, session, table, merge_map) = ask(demo, "which one sounds?", clip, ratio=0.5)
+    video, sound = (Path(file).read_bytes() for file in clip)
+    request = GenerationRequest(turns=(Turn("user", "<video>\n<audio>\nwhich one sounds?"),),
+                                media={"video": [video], "audio": [sound]})  # fmt: skip
+    assert history[-1]["content"] == hearing.generate([request], max_new_tokens=8)[0]
+    assert [message["content"].get("path") for message in history[:2]] == clip
+    prompt = hearing.prompt(request, 8)
+    assert f"| media, before compression | {prompt.num_features:,} |" in table
+    assert "fewer" in table
+    assert merge_map is None
+    *_, (_, session, _, merge_map) = ask(demo, "and in this?", [picture], history, session)
+    assert merge_map is not None
+    assert {kind: len(items) for kind, items in session.media.items()} == {"image": 1, "video": 1, "audio": 1}
+
+
+def test_a_sound_for_a_model_that_does_not_hear_is_said(engine, clip):
+    ((history, *_),) = ask(Demo(engine, SETTINGS, fake_map), "what?", clip[1:])
+    assert "the sample holds audio" in history[-1]["content"]
 
 
 @pytest.mark.parametrize("kind", ["token_merging", "uniform_prune", "tome"])
@@ -131,27 +171,27 @@ def test_settings_stay_as_they_are():
 
 
 @pytest.mark.slow
-def test_the_page_in_a_real_browser(engine, picture, tmp_path):
+def test_the_page_in_a_real_browser(hearing, picture, clip, tmp_path):
     pytest.importorskip("gradio", reason="the extra [demo] is not installed")
     pytest.importorskip("matplotlib", reason="the extra [demo] is not installed")
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if not CHROMIUM.exists():
         pytest.skip(f"{CHROMIUM} is not there (apt install chromium)")
     shots = Path(os.environ.get("DEMO_SHOTS", tmp_path))
-    page = build_page(engine, SETTINGS, draw_map, title="tiny")
+    page = build_page(hearing, SETTINGS, draw_map, title="tiny")
     url = launch(page, host="127.0.0.1", port=free_port(), max_file_mb=1, block=False)
     try:
         with api.sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
             for width in (1280, 390):
-                visit(api, browser.new_page(viewport={"width": width, "height": 900}), url, picture, shots)
+                visit(api, browser.new_page(viewport={"width": width, "height": 900}), url, picture, clip, shots)
             browser.close()
     finally:
         page.close()
 
 
-def visit(api, tab, url, picture, shots):
-    """One visitor: asks about a picture, moves the slider, asks again, begins anew."""
+def visit(api, tab, url, picture, clip, shots):
+    """One visitor: asks about a picture, moves the slider, asks about a video and a sound, begins anew."""
     errors = []
     tab.on("pageerror", lambda error: errors.append(str(error)))
     requests = []
@@ -172,6 +212,16 @@ def visit(api, tab, url, picture, shots):
     tab.locator("#question textarea").fill("sure?")
     tab.locator("#question textarea").press("Enter")
     api.expect(tab.locator("#counts")).not_to_contain_text("fewer", timeout=120_000)
+    api.expect(tab.locator("#question textarea")).to_have_value("")
+    tab.set_input_files("#question input[type=file]", clip)
+    api.expect(tab.locator("#question").get_by_role("listitem")).to_have_count(2, timeout=60_000)
+    tab.locator("#question textarea").fill("which one sounds?")
+    tab.locator("#question textarea").press("Enter")
+    api.expect(tab.locator("#chat video")).to_be_visible(timeout=120_000)
+    api.expect(tab.locator("#chat")).to_contain_text("which one sounds?")
+    api.expect(tab.locator("#chat audio")).to_have_count(1)
+    api.expect(tab.locator("#counts")).to_contain_text("fewer", timeout=120_000)
+    tab.screenshot(path=shots / f"demo-{tab.viewport_size['width']}-video.png", full_page=True)
     wide = tab.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth + 1")
     assert not wide, "the page is wider than the screen"
     tab.locator("#reset").click()
