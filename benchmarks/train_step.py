@@ -1,11 +1,13 @@
 """A training step: ours beside LLaVA of transformers, with its Trainer and in a plain loop.
 
-The same samples, the same weights, the same type, one machine; real tokens a second and the memory of a step. Weights
-are random, of SmolLM2's shape with a small CLIP tower; samples are drawn by length only. No data is loaded.
+The same samples, the same weights, the same type, one machine; real tokens a second, the share of what the machine's
+matrix multiplication allows, and the memory of a step. No data is loaded. ``--clock cpu`` counts the processor's time
+instead of the wall's: with one thread (OMP_NUM_THREADS=1) other programs on the machine then hardly count.
 
     python benchmarks/train_step.py --rounds 3
+    python benchmarks/train_step.py --visual-tokens 576 --mixes instruct
     python benchmarks/train_step.py --memory
-    python benchmarks/train_step.py --layers 30 --mixes instruct captions --compile
+    python benchmarks/train_step.py --compile --precision fp32 --clock cpu
 """
 
 from __future__ import annotations
@@ -15,252 +17,30 @@ import gc
 import json
 import platform
 import resource
+import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
 import torch
+from steps import MIXES, Ours, PlainLoop, Runner, Sample, WithTrainer, draw_samples, make_ours, make_theirs, pack
 
-from llava_scale.config import TrainConfig
-from llava_scale.model import LlavaScaleConfig, LlavaScaleForConditionalGeneration, row_inputs
-from llava_scale.training.engine import blocks_of
-from llava_scale.training.optim import build_optimizer, clip_gradients, set_learning_rates, step_where
-from llava_scale.training.recipe import apply_recipe, plan_recipe
-from llava_scale.types import IGNORE_INDEX, PackedRow
+from llava_scale.data.packing import TokenPool
+from llava_scale.model import row_inputs
+from llava_scale.training.cost import Work, model_cost
 
-IMAGE, PATCH = 336, 28
-"""Side of pictures and patches: 144 tokens a picture."""
-PICTURE_TOKENS = (IMAGE // PATCH) ** 2
-IMAGE_TOKEN = 49_152
-VOCABULARY = 49_216
-
-MIXES: dict[str, Callable[[torch.Generator], tuple[int, int, bool]]] = {
-    "instruct": lambda draw: (_lognormal(draw, 60), _lognormal(draw, 120), _uniform(draw) < 0.8),
-    "captions": lambda draw: (2, 12 + int(_uniform(draw) * 16), True),
-}
-"""Per mix a draw of prompt tokens, answer tokens and whether there is a picture."""
+BASE = "transformers, loop"
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One conversation as tokens.
-
-    Attributes:
-        ids: With a picture's tokens in their places.
-        labels: The answer; ``IGNORE_INDEX`` elsewhere.
-        pixels: uint8 picture, or None.
-    """
-
-    ids: torch.Tensor
-    labels: torch.Tensor
-    pixels: torch.Tensor | None
-
-
-def draw_samples(mix: str, count: int, seed: int = 0) -> list[Sample]:
-    """``count`` samples of a mix."""
-    draw = torch.Generator().manual_seed(seed)
-    samples = []
-    for _ in range(count):
-        prompt, answer, with_picture = MIXES[mix](draw)
-        text = torch.randint(10, 40_000, (prompt + answer,), generator=draw)
-        labels = torch.cat([torch.full((prompt,), IGNORE_INDEX), text[prompt:]])
-        pixels = None
-        if with_picture:
-            pixels = torch.randint(0, 256, (3, IMAGE, IMAGE), generator=draw, dtype=torch.uint8)
-            text = torch.cat([torch.full((PICTURE_TOKENS,), IMAGE_TOKEN), text])
-            labels = torch.cat([torch.full((PICTURE_TOKENS,), IGNORE_INDEX), labels])
-        samples.append(Sample(text, labels, pixels))
-    return samples
-
-
-def pack(samples: list[Sample]) -> PackedRow:
-    """The samples as one packed row."""
-    lengths = torch.tensor([len(sample.ids) for sample in samples])
-    pictures = [sample.pixels for sample in samples if sample.pixels is not None]
-    return PackedRow(
-        input_ids=torch.cat([sample.ids for sample in samples]),
-        labels=torch.cat([sample.labels for sample in samples]),
-        position_ids=torch.cat([torch.arange(int(length)) for length in lengths]),
-        cu_seq_lens=torch.cat([torch.zeros(1), lengths.cumsum(0)]).int(),
-        pixel_values=torch.stack(pictures) if pictures else None,
-        image_num_tokens=(PICTURE_TOKENS,) * len(pictures),
-        keys=tuple(map(str, range(len(samples)))),
-    )
-
-
-def pad(samples: list[Sample]) -> dict[str, torch.Tensor]:
-    """The samples as transformers' users batch them: padded on the right to the longest."""
-    longest = max(len(sample.ids) for sample in samples)
-    batch = {
-        "input_ids": torch.zeros(len(samples), longest, dtype=torch.int64),
-        "attention_mask": torch.zeros(len(samples), longest, dtype=torch.int64),
-        "labels": torch.full((len(samples), longest), IGNORE_INDEX),
-    }
-    for number, sample in enumerate(samples):
-        batch["input_ids"][number, : len(sample.ids)] = sample.ids
-        batch["attention_mask"][number, : len(sample.ids)] = 1
-        batch["labels"][number, : len(sample.ids)] = sample.labels
-    pictures = [sample.pixels for sample in samples if sample.pixels is not None]
-    if pictures:
-        batch["pixel_values"] = torch.stack(pictures).float() / 127.5 - 1
-    return batch
-
-
-def make_configs(layers: int) -> tuple[Any, Any]:
-    """Configs of the language model and of the tower."""
-    from transformers import CLIPVisionConfig, LlamaConfig
-
-    text = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=IMAGE,
-        patch_size=PATCH,
-    )
-    return text, vision
-
-
-def make_theirs(layers: int, *, projector_only: bool) -> Any:
-    """LLaVA of transformers with a frozen tower."""
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
-
-    torch.manual_seed(0)
-    text, vision = make_configs(layers)
-    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_TOKEN)
-    model = LlavaForConditionalGeneration(config).train()
-    for name, parameter in model.named_parameters():
-        frozen = "vision_tower" in name or (projector_only and "multi_modal_projector" not in name)
-        parameter.requires_grad_(not frozen)
-    return model
-
-
-def make_ours(layers: int, theirs: Any, *, projector_only: bool) -> Any:
-    """Our model with the same weights."""
-    text, vision = make_configs(layers)
-    config = LlavaScaleConfig(text_config=text, vision_config=vision, image_size=IMAGE, image_mean=(0.5,) * 3)
-    config.image_std, config.image_token_id = (0.5,) * 3, IMAGE_TOKEN
-    model = LlavaScaleForConditionalGeneration(config)
-    source = theirs.model
-    model.language_model.model.load_state_dict(source.language_model.state_dict())
-    tower = source.vision_tower.state_dict()
-    tower = {name.removeprefix("vision_model."): value for name, value in tower.items()}
-    own = model.vision_tower.model
-    prefix = "vision_model." if any(name.startswith("vision_model.") for name, _ in own.named_parameters()) else ""
-    names = {name for name, _ in own.named_parameters()}
-    own.load_state_dict({name: tower[name.removeprefix(prefix)] for name in names}, strict=False)
-    linear = [module for module in model.projector.modules() if isinstance(module, torch.nn.Linear)]
-    for mine, other in zip(
-        linear, (source.multi_modal_projector.linear_1, source.multi_modal_projector.linear_2), strict=True
-    ):
-        mine.load_state_dict(other.state_dict())
-    settings = TrainConfig(stage="align" if projector_only else "instruct", learning_rate=1e-5)
-    recipe = plan_recipe(model, settings)
-    apply_recipe(model, recipe)
-    return model, build_optimizer(model, recipe, settings)
-
-
-class Ours:
-    """Packed rows, loss at supervised positions, fused AdamW."""
-
-    def __init__(self, options: argparse.Namespace, *, compiled: bool = False, checkpointing: bool = False) -> None:
-        theirs = make_theirs(options.layers, projector_only=options.projector_only)
-        self.model, self.optimizer = make_ours(options.layers, theirs, projector_only=options.projector_only)
-        self.half = options.precision == "bf16"
-        self.trained = [value for value in self.model.parameters() if value.requires_grad]
-        if checkpointing:
-            self.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-            self.model.language_model.train()
-        if compiled:
-            for block in blocks_of(self.model.language_model):
-                block.compile(dynamic=True)
-
-    def step(self, samples: list[Sample]) -> float:
-        """One update; returns the loss."""
-        row = pack(samples)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.half):
-            loss = self.model(**row_inputs(row), num_items_in_batch=row.num_supervised).loss
-        loss.backward()
-        norm = clip_gradients(self.trained, 1.0)
-        set_learning_rates(self.optimizer, 1.0)
-        step_where(self.optimizer, torch.isfinite(norm))
-        self.optimizer.zero_grad()
-        return float(loss.detach())
-
-
-class PlainLoop:
-    """Transformers' LLaVA on padded batches in a loop of a few lines."""
-
-    def __init__(self, options: argparse.Namespace, *, checkpointing: bool = False) -> None:
-        self.model = make_theirs(options.layers, projector_only=options.projector_only)
-        if checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.half = options.precision == "bf16"
-        self.trained = [value for value in self.model.parameters() if value.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.0)
-
-    def step(self, samples: list[Sample]) -> float:
-        """One update; returns the loss."""
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.half):
-            loss = self.model(**pad(samples)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(loss.detach())
-
-
-class WithTrainer:
-    """Transformers' LLaVA under transformers' Trainer; each call of ``step`` is a run of one step."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        from transformers import Trainer, TrainingArguments
-
-        self.folder = tempfile.TemporaryDirectory()
-        arguments = TrainingArguments(
-            self.folder.name,
-            max_steps=1,
-            bf16=options.precision == "bf16",
-            use_cpu=True,
-            learning_rate=1e-5,
-            weight_decay=0.0,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            remove_unused_columns=False,
-            disable_tqdm=True,
-        )
-        model = make_theirs(options.layers, projector_only=options.projector_only)
-        self.trainer = Trainer(model=model, args=arguments, data_collator=pad)
-
-    def step(self, samples: list[Sample]) -> float:
-        """One update; returns the loss."""
-        self.trainer.args.per_device_train_batch_size = self.trainer._train_batch_size = len(samples)
-        self.trainer.train_dataset = samples
-        return float(self.trainer.train().training_loss)
-
-
-def runners(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+def runners(options: argparse.Namespace) -> dict[str, Callable[[], Runner]]:
     """What is compared, by name; made when it is needed."""
-    made: dict[str, Callable[[], Any]] = {
+    made: dict[str, Callable[[], Runner]] = {
         "transformers, Trainer": lambda: WithTrainer(options),
-        "transformers, loop": lambda: PlainLoop(options),
+        BASE: lambda: PlainLoop(options),
         "ours": lambda: Ours(options),
     }
     if options.compile:
@@ -273,36 +53,120 @@ def runners(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
 
 def time_steps(options: argparse.Namespace, mix: str) -> dict[str, Any]:
     """Real tokens a second of each runner, interleaved; and the ratio to the plain loop round by round."""
-    made = {name: make() for name, make in runners(options).items()}
-    warm, *rounds = [draw_samples(mix, options.samples, seed) for seed in range(options.rounds + 1)]
+    made, clock = {name: make() for name, make in runners(options).items()}, CLOCKS[options.clock]
+    warm, *rounds = [draw(options, mix, seed) for seed in range(options.rounds + 1)]
     losses = {name: runner.step(warm) for name, runner in made.items()}
     if options.compile:
         made["ours, compiled"].step(rounds[0])  # lengths become symbols here
+    graphs = compiled_graphs()
     seconds: dict[str, list[float]] = {name: [] for name in made}
     for number, samples in enumerate(rounds):
         for name in list(made) if number % 2 else reversed(list(made)):
-            start = time.perf_counter()
+            start = clock()
             made[name].step(samples)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     tokens = [sum(len(sample.ids) for sample in samples) for samples in rounds]
     padded = [len(samples) * max(len(sample.ids) for sample in samples) for samples in rounds]
-    base = seconds["transformers, loop"]
+    ratios = {
+        name: [other / own for own, other in zip(times, seconds[BASE], strict=True)] for name, times in seconds.items()
+    }
     return {
         "mix": mix,
-        "padding_efficiency": sum(tokens) / sum(padded),
+        "padding_efficiency": round(sum(tokens) / sum(padded), 3),
         "first_loss": losses,
-        "tokens_per_s": {name: sum(tokens) / sum(times) for name, times in seconds.items()},
-        "against_loop": {
-            name: [round(other / own, 2) for own, other in zip(times, base, strict=True)]
-            for name, times in seconds.items()
-        },
+        "tokens_per_s": {name: round(sum(tokens) / sum(times), 1) for name, times in seconds.items()},
+        "against_loop": {name: [round(value, 2) for value in values] for name, values in ratios.items()},
+        "median_against_loop": {name: round(statistics.median(values), 2) for name, values in ratios.items()},
+        "share_of_floor": share_of_floor(options, rounds, seconds),
+        "recompiled": compiled_graphs() - graphs,
     }
+
+
+def draw(options: argparse.Namespace, mix: str, seed: int) -> list[Sample]:
+    """The samples of one step."""
+    return draw_samples(options, mix, options.samples, seed)
+
+
+def compiled_graphs() -> int:
+    """Graphs that were compiled so far."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def share_of_floor(
+    options: argparse.Namespace, rounds: list[list[Sample]], seconds: dict[str, list[float]]
+) -> dict[str, float]:
+    """Time that the step's matrix operations would take at the measured peak, over the time that it took (medians)."""
+    model, _ = make_ours(options, make_theirs(options))
+    cost, peak = model_cost(model), matrix_peak(options)
+    floors = []
+    for samples in rounds:
+        row = pack(samples)
+        lengths = row.cu_seq_lens.diff().double()
+        pictures = 0 if row.pixel_values is None else len(row.pixel_values)
+        work = Work(
+            tokens=float(lengths.sum()),
+            squares=float(lengths.square().sum()),
+            supervised=row.num_supervised,
+            visual=row.num_visual_tokens,
+            pictures=pictures,
+        )
+        floors.append(cost.flops(work) / peak)
+    shares = {
+        name: statistics.median(floor / own for floor, own in zip(floors, times, strict=True))
+        for name, times in seconds.items()
+    }
+    return {"peak_gflops": round(peak / 1e9), **{name: round(value, 3) for name, value in shares.items()}}
+
+
+def matrix_peak(options: argparse.Namespace) -> float:
+    """Matrix operations a second of this machine in the type of the step: the best of some rounds of two shapes."""
+    clock, dtype = CLOCKS[options.clock], torch.bfloat16 if options.precision == "bf16" else torch.float32
+    best = 0.0
+    for rows, width, out in ((2048, 2048, 2048), (2048, 576, 1536)):
+        x, weight = torch.randn(rows, width, dtype=dtype), torch.randn(out, width, dtype=dtype)
+        for _ in range(6):
+            start = clock()
+            torch.nn.functional.linear(x, weight)
+            best = max(best, 2 * rows * width * out / (clock() - start))
+    return best
+
+
+@torch.no_grad()
+def packed_against_separate(options: argparse.Namespace, mix: str) -> float:
+    """Largest difference of a logit between samples packed in one row and alone, in float32."""
+    model, _ = make_ours(options, make_theirs(options))
+    model.eval()
+
+    def logits(samples: list[Sample]) -> torch.Tensor:
+        inputs = {**row_inputs(pack(samples)), "labels": None}
+        found: torch.Tensor = model(**inputs).logits[0]
+        return found
+
+    samples = draw(options, mix, 0)
+    together = logits(samples).split([len(sample.ids) for sample in samples])
+    return max(float((part - logits([sample])).abs().max()) for part, sample in zip(together, samples, strict=True))
+
+
+def rows_filled(options: argparse.Namespace, mix: str, row_length: int = 4096, count: int = 2000) -> float:
+    """Share of the tokens of rows that samples of a mix fill, packed as in training."""
+    lengths = [len(sample.ids) for sample in draw_samples(options, mix, count, 1)]
+    pool, used, rows, number = TokenPool(row_length, 32), 0, 0, 0
+    while number < count:
+        while number < count and not pool.ready():
+            pool.add(number, lengths[number])  # type: ignore[arg-type]  # it hands out what it was given
+            number += 1
+        if pool.ready():
+            used += sum(lengths[place] for place in pool.take())  # type: ignore[call-overload]
+            rows += 1
+    return used / (rows * row_length)
 
 
 def step_memory(options: argparse.Namespace, mix: str, name: str) -> float:
     """GiB that the first step adds to a process that holds model and optimizer; called in a process of its own."""
     runner = runners(options)[name]()
-    samples = draw_samples(mix, options.samples)
+    samples = draw(options, mix, 0)
     gc.collect()
     before = resident()
     runner.step(samples)
@@ -323,8 +187,8 @@ def compare_memory(options: argparse.Namespace, arguments: list[str]) -> list[di
         for name in runners(options):
             command = [sys.executable, __file__, *arguments, "--one", json.dumps([mix, name])]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found[name] = float(done.stdout.strip().splitlines()[-1])
-        base = found.get("transformers, loop")
+            found[name] = round(float(done.stdout.strip().splitlines()[-1]), 3)
+        base = found.get(BASE)
         ratios = {name: round(value / base, 3) for name, value in found.items()} if base else {}
         results.append({"mix": mix, "gib": found, "against_loop": ratios})
     return results
@@ -337,10 +201,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=6, help="samples of a step")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=30, help="layers of the language model")
+    parser.add_argument("--visual-tokens", type=int, default=144, choices=[144, 576], help="tokens of a picture")
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--projector-only", action="store_true")
     parser.add_argument("--compile", action="store_true", help="also ours with compiled blocks")
+    parser.add_argument("--clock", default="wall", choices=list(CLOCKS))
     parser.add_argument("--memory", action="store_true", help="memory of a step instead of its time")
+    parser.add_argument("--checks", action="store_true", help="packed against separate logits, and how full rows are")
     parser.add_argument("--only", nargs="+", default=[], help="names of what to run")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -349,20 +216,22 @@ def main() -> None:
         return
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "accelerate")}
     print(platform.platform(), platform.processor(), f"{torch.get_num_threads()} threads", versions)
+    print(json.dumps({name: value for name, value in vars(options).items() if name not in ("only", "one")}))
     if options.memory:
         results = compare_memory(options, sys.argv[1:])
+    elif options.checks:
+        results = [
+            {
+                "mix": mix,
+                "packed_against_separate": packed_against_separate(options, mix),
+                "rows_filled": round(rows_filled(options, mix), 4),
+            }
+            for mix in options.mixes
+        ]
     else:
         results = [time_steps(options, mix) for mix in options.mixes]
     for result in results:
-        print(json.dumps(result, indent=1))
-
-
-def _lognormal(draw: torch.Generator, median: float) -> int:
-    return max(4, int(median * torch.exp(0.7 * torch.randn((), generator=draw))))
-
-
-def _uniform(draw: torch.Generator) -> float:
-    return float(torch.rand((), generator=draw))
+        print(json.dumps(result, indent=1), flush=True)
 
 
 if __name__ == "__main__":
