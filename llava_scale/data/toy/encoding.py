@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
+import io
 from fractions import Fraction
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +16,8 @@ VIDEO_RATE = 8
 
 SOUND_FILES: dict[str, str] = {"wav": "pcm_s16le", "flac": "flac", "mp3": "libmp3lame"}
 """Extension -> codec."""
+
+_SOUND_OPTIONS = {"wav": {}, "flac": {"compression_level": "0"}, "mp3": {"compression_level": "9"}}  # the fastest
 
 # The same frames must give the same bytes: one thread, and no look-ahead, which reads past the edges of tiny frames.
 _VIDEO_OPTIONS = {
@@ -32,35 +33,35 @@ def encode_video(frames: NDArray[np.uint8], sound: NDArray[np.float32] | None = 
     """An MP4 of RGB frames ``(T, H, W, 3)`` at ``VIDEO_RATE``, with ``sound`` (mono, ``rate``) as its track."""
     import av
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "clip.mp4"
-        with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as output:
-            stream: Any = output.add_stream("libx264", rate=VIDEO_RATE, options=_VIDEO_OPTIONS)
-            stream.height, stream.width = frames.shape[1:3]
-            stream.pix_fmt, stream.gop_size = "yuv420p", _GROUP
-            track: Any = (
-                None
-                if sound is None
-                else output.add_stream("aac", rate=rate, layout="mono", options={"aac_coder": "fast"})
-            )
-            for pixels in frames:
-                output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-            output.mux(stream.encode())
-            if sound is not None:
-                _encode_wave(output, track, sound, rate)
-        return path.read_bytes()
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as output:
+        stream: Any = output.add_stream("libx264", rate=VIDEO_RATE, options=_VIDEO_OPTIONS)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt, stream.gop_size = "yuv420p", _GROUP
+        track: Any = (
+            None
+            if sound is None
+            else output.add_stream("aac", rate=rate, layout="mono", options={"aac_coder": "fast"})
+        )
+        for pixels in frames:
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        output.mux(stream.encode())
+        if sound is not None:
+            _encode_wave(output, track, sound, rate)
+    return buffer.getvalue()
 
 
 def encode_sound(wave: NDArray[np.float32], extension: str, rate: int) -> bytes:
     """A sound file of ``wave`` (mono, in [-1, 1]); ``extension`` is one of ``SOUND_FILES``."""
     import av
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"sound.{extension}"
-        with av.open(str(path), "w", options={"fflags": "+bitexact"}) as output:
-            stream = output.add_stream(SOUND_FILES[extension], rate=rate, layout="mono")
-            _encode_wave(output, stream, wave, rate)
-        return path.read_bytes()
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=extension, options={"fflags": "+bitexact"}) as output:
+        stream: Any = output.add_stream(
+            SOUND_FILES[extension], rate=rate, layout="mono", options=_SOUND_OPTIONS[extension]
+        )
+        _encode_wave(output, stream, wave, rate)
+    return buffer.getvalue()
 
 
 def _encode_wave(output: Any, stream: Any, wave: NDArray[np.float32], rate: int) -> None:
