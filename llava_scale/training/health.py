@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import logging
 import math
 import os
 import socket
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from llava_scale.training.files import replace_text
@@ -17,12 +19,16 @@ if TYPE_CHECKING:
     from typing import TextIO
 
 
+logger = logging.getLogger(__name__)
+
+
 class Health:
     """Watches one process of a run.
 
     ``beat`` after each step writes ``rank-00000.json`` (step, time, host, process) at most every ``heartbeat_s``
     seconds. If no step is finished for ``stuck_after_s`` seconds (or up to a tenth less), the stacks of all threads go
-    into ``stacks-00000.txt``, again and again, whatever the process hangs in; the run itself is left alone.
+    into ``stacks-00000.txt``, again and again, whatever the process hangs in; the run itself is left alone. It also
+    goes on, after one warning, where these files cannot be written: a full disk, a folder that was moved away.
 
     Args:
         folder: Where the files go.
@@ -36,11 +42,20 @@ class Health:
         self._heartbeat_s, self._stuck_after_s = heartbeat_s, stuck_after_s
         self._last, self._armed = -math.inf, -math.inf
         self._file: TextIO | None = None
+        self._warned = False
         if heartbeat_s or stuck_after_s:
             folder.mkdir(parents=True, exist_ok=True)
 
     def beat(self, step: int) -> None:
         """Note that ``step`` steps are finished."""
+        try:
+            self._beat(step)
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                logger.warning("no signs of life in %s: %s; the run goes on", self._beats.parent, error)
+
+    def _beat(self, step: int) -> None:
         now = time.monotonic()
         if self._heartbeat_s and now - self._last >= self._heartbeat_s:
             self._last = now
@@ -59,5 +74,6 @@ class Health:
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
         self._file = None
-        if self._stacks.stat().st_size == 0:
-            self._stacks.unlink()
+        with suppress(OSError):  # the run folder may be gone
+            if self._stacks.stat().st_size == 0:
+                self._stacks.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -87,11 +88,14 @@ class JsonlTracker(Tracker):
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
-            raise CheckpointError(f"cannot write {self._path}: {error.strerror}; then continue with --resume") from None
+            raise CheckpointError(
+                f"cannot write {self._path}: {error.strerror}; mend that, then continue with --resume"
+            ) from None
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with suppress(OSError):  # what could not be written has been told
+            self._file.close()
 
 
 class CallbackTracker(Tracker):

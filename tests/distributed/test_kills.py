@@ -74,5 +74,5 @@ def test_a_run_whose_ranks_are_killed_ends_as_if_they_never_were(make_tree):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("victims", [(0,), (1,), (0, 1)])
 @pytest.mark.parametrize("moment", ["in training", "in a checkpoint"])
-def test_ten_rounds_of_kills_of_each_kind_lose_nothing(make_tree, moment, victims):
-    assert check_kills(make_tree, [(moment, victims)] * 10) > 3
+def test_twenty_rounds_of_kills_of_each_kind_lose_nothing(make_tree, moment, victims):
+    assert check_kills(make_tree, [(moment, victims)] * 20) >= 10

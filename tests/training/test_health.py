@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 
 from llava_scale.training.health import Health
@@ -35,6 +36,16 @@ def test_a_stuck_process_leaves_its_stacks_and_a_lively_one_nothing(tmp_path):
     quick.beat(1)
     quick.close()
     assert list((tmp_path / "quick").iterdir()) == []
+
+
+def test_a_folder_that_is_gone_stops_no_run(tmp_path, caplog):
+    health = Health(tmp_path / "health", rank=0, heartbeat_s=1e-9, stuck_after_s=1000)
+    health.beat(1)
+    shutil.rmtree(tmp_path / "health")
+    health.beat(2)
+    health.beat(3)
+    health.close()
+    assert [record.message.split(":")[0] for record in caplog.records] == [f"no signs of life in {tmp_path / 'health'}"]
 
 
 def test_without_either_nothing_is_made(tmp_path):

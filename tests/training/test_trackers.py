@@ -123,3 +123,11 @@ def test_several_trackers_all_hear_everything():
     tracker.note("note")
     tracker.close()
     assert heard == ["demo", 5, LINE, "note", "closed"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_log_on_a_full_disk_says_so_and_can_still_be_closed():
+    tracker = JsonlTracker(Path("/dev/full"))
+    with pytest.raises(CheckpointError, match=r"cannot write /dev/full: No space left on device; mend that.*--resume"):
+        tracker.log({"step": 1})
+    tracker.close()
