@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from llava_scale.errors import CheckpointError
 from llava_scale.training.recipe import ModuleSummary
 from llava_scale.training.summary import MemoryEstimate, RunSummary
 from llava_scale.training.trackers import CallbackTracker, ConsoleTracker, JsonlTracker, Tracker, Trackers
