@@ -55,12 +55,39 @@ class MediaInfo:
     duration_s: float = 0.0
 
 
+class TokenPart(NamedTuple):
+    """A stretch of a medium's tokens, with what stands before it in the text.
+
+    Attributes:
+        time_s: When it begins in the video or sound.
+        num_tokens: Tokens of the medium.
+        before: Token ids of text, such as a time stamp.
+    """
+
+    time_s: float
+    num_tokens: int
+    before: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaTokens:
-    """How many tokens a medium takes in the text, and the grid they come from."""
+    """How many tokens a medium takes in the text, and the grid they come from.
+
+    Attributes:
+        grid: Before compression.
+        num_tokens: Tokens of the medium itself.
+        parts: The same in stretches, where text stands between them or they take turns with another medium; empty for
+            one stretch without text.
+    """
 
     grid: Grid
     num_tokens: int
+    parts: tuple[TokenPart, ...] = ()
+
+    @property
+    def num_positions(self) -> int:
+        """Positions in the text: tokens of the medium and of the text between them."""
+        return self.num_tokens + sum(len(part.before) for part in self.parts)
 
 
 class MediaTokenCounter(Protocol):

@@ -46,6 +46,22 @@ class VideoConfig:
     """Frames a second, for schemes that go by it."""
     max_frames: Annotated[int, Field(ge=1)] = 32
     """Most frames of a video; more are spaced anew over the whole video, never cut off."""
+    timestamps: bool = False
+    """Say before the tokens of each frame when it is shown, as text: ``<3.0 seconds>``, counted from the first frame.
+    Needs a scheme that goes by time."""
+    sound_order: Literal["concat", "interleave"] = "concat"
+    """Tokens of a sound whose ``<audio>`` stands right behind a ``<video>``: all behind the video's (``concat``), or 2
+    seconds of both in turn (``interleave``)."""
+    frames_at_once: Annotated[int, Field(ge=0)] = 0
+    """Most pictures or frames that the vision tower gets at once, so that long videos do not need more memory; 0 gives
+    it all of them."""
+
+    def __post_init__(self) -> None:
+        if self.timestamps and self.scheme not in ("time", "time_fps"):
+            raise ConfigError(
+                f"model.video.timestamps needs times that are known before decoding, but scheme {self.scheme!r} goes "
+                "by index: set model.video.scheme to time or time_fps"
+            )
 
 
 @section

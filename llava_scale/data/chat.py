@@ -153,6 +153,10 @@ class ChatEncoder:
             texts[-1] = self._decode([*anchor, *held])[known:]
         return texts
 
+    def inner_ids(self, text: str) -> list[int]:
+        """Ids of a piece of text that stands inside of a message, such as a time stamp between frames."""
+        return self._ids(text, ":")
+
     def is_special(self, token: int) -> bool:
         """Whether ``token`` stands for itself: a role marker, an end of turn, a placeholder."""
         return token in self._special_ids

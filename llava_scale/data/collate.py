@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llava_scale.data.decoding import OtherMedia, decode_others, different_shapes, joined_frames
+from llava_scale.data.expansion import with_media
 from llava_scale.data.features import join_rows
 from llava_scale.data.lengths import UNREADABLE
 from llava_scale.data.memory import empty
@@ -154,14 +155,12 @@ class RowBuilder:
             labels[start:stop] = ids[start:stop]
         places, tokens = self._expansion(sample, ids, infos, step)
         self._check_plan(planned, sample, len(ids) - len(places))
+        behind = len(ids) - places[-1] - 1 if places else len(ids)  # text behind the last medium
         if places:
-            labels[places] = IGNORE_INDEX
-            repeats = [counted.num_tokens for _, counted in tokens]
-            ids, labels = _repeated(ids, places, repeats), _repeated(labels, places, repeats)
+            ids, labels = with_media(ids, labels, places, tokens, self.encoder.placeholder_ids)
         truncated = len(ids) > self.row_length
         if truncated:
-            last_medium = places[-1] - len(places) + 1 + sum(repeats) if places else 0
-            ids, labels = self._cut(sample, ids, labels, last_medium)
+            ids, labels = self._cut(sample, ids, labels, len(ids) - behind)
         if not (labels[1:] != IGNORE_INDEX).any():
             raise _error(sample, "no supervised token; give it an answer")
         by_kind: dict[MediaKind, list[MediaTokens]] = {}
@@ -366,15 +365,6 @@ class _Collected:
 
     def num_tokens(self, kind: MediaKind) -> tuple[int, ...]:
         return tuple(counted.num_tokens for counted in self.tokens[kind])
-
-
-def _repeated(values: IntArray, places: Sequence[int], repeats: Sequence[int]) -> IntArray:
-    """``values`` with the value of each place as often as ``repeats`` says."""
-    parts, start = [], 0
-    for place, number in zip(places, repeats, strict=True):
-        parts += [values[start:place], np.full(number, values[place])]
-        start = place + 1
-    return np.concatenate([*parts, values[start:]])
 
 
 def _by_source(members: Sequence[PlannedSample]) -> dict[int, list[int]]:

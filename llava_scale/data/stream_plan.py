@@ -156,7 +156,7 @@ class StreamPlan:
         return [TextLengths(dataset, self.encoder, cache_dir=self.config.cache_dir) for dataset in self.datasets]
 
     def _count_tokens(self, info: MediaInfo, step: int | None) -> int:
-        return self.counter.count(info, step=step).num_tokens
+        return self.counter.count(info, step=step).num_positions
 
 
 def _short(fingerprint: str) -> str:

@@ -63,7 +63,7 @@ class ReadMedia:
     """Inputs of the model, and per kind the tokens of each medium, to be taken in order of appearance."""
 
     tensors: dict[str, Tensor]
-    num_tokens: Mapping[MediaKind, Iterator[int]]
+    tokens: Mapping[MediaKind, Iterator[MediaTokens]]
 
 
 def read_media(
@@ -78,24 +78,22 @@ def read_media(
     """
     tensors: dict[str, Tensor] = {}
     pictures, videos, sounds = given["image"], given["video"], given["audio"]
-    num_tokens: dict[MediaKind, list[MediaTokens]] = {"image": [], "video": [], "audio": []}
+    tokens: dict[MediaKind, list[MediaTokens]] = {"image": [], "video": [], "audio": []}
     if pictures:
         transform = processor.image_transform
         tensors["pixel_values"] = torch.stack([picture_tensor(picture, transform) for picture in pictures])
     if videos:
-        frames = [_frames(video, processor) for video in videos]
-        num_tokens["video"] = [processor.token_counter.visual(len(video), step=None) for video in frames]
-        tensors["pixel_values_videos"] = torch.cat(frames)
-        tensors["video_grids"] = torch.tensor([counted.grid for counted in num_tokens["video"]])
+        seen = [_frames(video, processor) for video in videos]
+        tokens["video"] = [counted for _, counted in seen]
+        tensors["pixel_values_videos"] = torch.cat([frames for frames, _ in seen])
+        tensors["video_grids"] = torch.tensor([counted.grid for counted in tokens["video"]])
     if sounds:
         found = [_sound(sound, processor, sampling_rate) for sound in sounds]
-        num_tokens["audio"] = [counted for _, counted in found]
+        tokens["audio"] = [counted for _, counted in found]
         windows = AudioFeatures.joined([features for features, _ in found])
         tensors |= {"audio_values": windows.values, "audio_lengths": windows.lengths}
-        tensors["audio_grids"] = torch.tensor([counted.grid for counted in num_tokens["audio"]])
-    return ReadMedia(
-        tensors, {kind: iter([item.num_tokens for item in counted]) for kind, counted in num_tokens.items()}
-    )
+        tensors["audio_grids"] = torch.tensor([counted.grid for counted in tokens["audio"]])
+    return ReadMedia(tensors, {kind: iter(counted) for kind, counted in tokens.items()})
 
 
 def picture_tensor(picture: Picture, transform: ImageTransform) -> Tensor:
@@ -125,12 +123,16 @@ def flatten(items: Any) -> list[Any]:
     return [medium for item in items for medium in flatten(item)]
 
 
-def _frames(video: Video, processor: LlavaScaleProcessor) -> Tensor:
-    """Frames of one video as training would have seen them."""
+def _frames(video: Video, processor: LlavaScaleProcessor) -> tuple[Tensor, MediaTokens]:
+    """Frames of one video as training would have seen them, and the tokens that become of them."""
+    counter = processor.token_counter
     if isinstance(video, str | Path):
         video = _file(video)
     if isinstance(video, bytes):
-        return processor.video_transform(video, planned=probe("mp4", video)).data
+        info = probe("mp4", video)
+        return processor.video_transform(video, planned=info).data, counter.count(info, step=None)
+    if counter.stamps is not None:
+        raise ConfigError("this model reads the times of frames (model.video.timestamps); give the video as a file")
     if isinstance(video, np.ndarray):
         video = torch.from_numpy(np.ascontiguousarray(video)).permute(0, 3, 1, 2)
     if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[1] != 3 or not len(video):
@@ -138,7 +140,8 @@ def _frames(video: Video, processor: LlavaScaleProcessor) -> Tensor:
             f"a video must be uint8 RGB, (F, 3, H, W) as a tensor or (F, H, W, 3) as an array, "
             f"got {video.dtype} {tuple(video.shape)}"
         )
-    return torch.stack([processor.image_transform.from_tensor(frame) for frame in video])
+    frames = torch.stack([processor.image_transform.from_tensor(frame) for frame in video])
+    return frames, counter.visual(len(frames), step=None)
 
 
 def _sound(sound: Sound, processor: LlavaScaleProcessor, sampling_rate: int) -> tuple[AudioFeatures, MediaTokens]:

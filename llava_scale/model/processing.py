@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,17 +16,18 @@ from llava_scale.compressors import token_count
 from llava_scale.compressors.blocks import find_blocks
 from llava_scale.data.audio import AudioTransform
 from llava_scale.data.chat import ChatEncoder
+from llava_scale.data.expansion import expanded, media_blocks
 from llava_scale.data.media import ImageTransform
 from llava_scale.data.sampling import FrameSampling
 from llava_scale.data.video import VideoTransform
 from llava_scale.errors import ConfigError, ShapeError
-from llava_scale.model.audible import audio_token_count
+from llava_scale.model.audible import audio_section, audio_token_count
 from llava_scale.model.media_inputs import Picture, Sound, SoundTransform, Video, flatten, read_media
-from llava_scale.model.tokens import MediaCounter
+from llava_scale.model.tokens import MediaCounter, TimeStamps, check_sound_order, frames_per_slot
 from llava_scale.model.visual import compressor_section
 from llava_scale.towers.audio_description import build_audio_frontend
 from llava_scale.towers.instruction import encode_questions, longest_question
-from llava_scale.types import PLACEHOLDERS, MediaKind
+from llava_scale.types import PLACEHOLDERS, MediaKind, MediaTokens
 
 if TYPE_CHECKING:
     from llava_scale.model.configuration import LlavaScaleConfig
@@ -217,7 +219,14 @@ class LlavaScaleProcessor(ProcessorMixin):
     @property
     def video_transform(self) -> VideoTransform:
         """Encoded videos to uint8 squares."""
-        return VideoTransform(image=self.image_transform, sampling=FrameSampling(**self.video))
+        names = (field.name for field in fields(FrameSampling))
+        chosen = {name: self.video[name] for name in names if name in self.video}
+        return VideoTransform(image=self.image_transform, sampling=FrameSampling(**chosen))
+
+    @cached_property
+    def time_stamps(self) -> TimeStamps | None:
+        """Times as token ids, for models that read them between frames."""
+        return TimeStamps.of(self.chat_encoder.inner_ids) if self.video.get("timestamps") else None
 
     @cached_property
     def audio_frontend(self) -> AudioFrontend | None:
@@ -238,6 +247,9 @@ class LlavaScaleProcessor(ProcessorMixin):
         """Token counts of media."""
         rows, cols = self.image_grid
         section = compressor_section(self.compressor)
+        interleave = self.video.get("sound_order") == "interleave"
+        if interleave:
+            check_sound_order(audio_section(self.audio))
         return MediaCounter(
             rows=rows,
             cols=cols,
@@ -246,6 +258,9 @@ class LlavaScaleProcessor(ProcessorMixin):
             sampling=self.video_transform.sampling,
             frontend=self.audio_frontend,
             audio_compressor=audio_token_count(self.audio),
+            stamps=self.time_stamps,
+            interleave=interleave,
+            slot=frames_per_slot(section) if self.time_stamps or interleave else 1,
         )
 
     @property
@@ -311,7 +326,7 @@ class LlavaScaleProcessor(ProcessorMixin):
         for kind, items in given.items():
             self._check_number(kind, encoded, len(items))
         media = read_media(self, given, sampling_rate=sampling_rate)
-        features: dict[str, Tensor] = self._pad([self._expand(ids, media.num_tokens) for ids in encoded])
+        features: dict[str, Tensor] = self._pad([self._expand(ids, media.tokens) for ids in encoded])
         features |= media.tensors
         features |= self.question_inputs(self._questions_of(encoded, instructions))
         return BatchFeature(features)
@@ -360,16 +375,16 @@ class LlavaScaleProcessor(ProcessorMixin):
             for _ in range(ids.count(self.chat_encoder.placeholder_ids[kind]))
         ]
 
-    def _expand(self, ids: Iterable[int], counts: Mapping[MediaKind, Iterator[int]] | None = None) -> list[int]:
-        """Repeat each placeholder to its medium's number of tokens, taken from ``counts``; pictures need none."""
+    def _expand(
+        self, ids: Sequence[int], tokens: Mapping[MediaKind, Iterator[MediaTokens]] | None = None
+    ) -> list[int]:
+        """Put the tokens of media, taken from ``tokens``, into the places of their placeholders; pictures need none."""
         kind_of = {token_id: kind for kind, token_id in self.chat_encoder.placeholder_ids.items()}
-        picture = self.token_counter.visual(1, step=None).num_tokens
-        expanded: list[int] = []
-        for token in ids:
-            kind = kind_of.get(token)
-            repeats = 1 if kind is None else picture if kind == "image" or counts is None else next(counts[kind])
-            expanded += [token] * repeats
-        return expanded
+        picture = self.token_counter.visual(1, step=None)
+        places = [place for place, token in enumerate(ids) if token in kind_of]
+        kinds = [kind_of[ids[place]] for place in places]
+        media = [(kind, picture if kind == "image" or tokens is None else next(tokens[kind])) for kind in kinds]
+        return expanded(ids, media_blocks(places, media, self.chat_encoder.placeholder_ids))
 
     def _pad(self, rows: list[list[int]]) -> dict[str, Tensor]:
         longest = max(map(len, rows))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llava_scale.compressors import (
     CompressedTokens,
@@ -268,14 +269,33 @@ class VisualPath:
         return CompressedTokens(*joined), signals and TowerSignals(*(_join(part, num_frames) for part in signals))  # type: ignore[arg-type]
 
     def _run_tower(self, pixels: Tensor, step: int | None) -> tuple[CompressedTokens, TowerSignals | None]:
-        """Features of each frame."""
+        """Features of each frame, so many frames at once as the config allows.
+
+        Where the tower trains, what it holds for the backward pass is bounded in the same way: each part is computed
+        again then.
+        """
         if pixels.ndim == 3:
             return _placed(self._given_features(pixels)), None
+        size = self.config.video.get("frames_at_once", 0) or len(pixels)
+        parts = [self._run_part(part, step) for part in torch.split(pixels, size)]
+        if len(parts) == 1:
+            return parts[0]
+        joined = [_rows(of_parts) for of_parts in zip(*(found for found, _ in parts), strict=True)]
+        features = CompressedTokens(*joined)  # type: ignore[arg-type]
+        if parts[0][1] is None:
+            return features, None
+        signals = zip(*(found for _, found in parts if found is not None), strict=True)
+        return features, TowerSignals(*(torch.cat(of_parts) for of_parts in signals))
+
+    def _run_part(self, pixels: Tensor, step: int | None) -> tuple[CompressedTokens, TowerSignals | None]:
+        """Features of frames that the tower gets together."""
         if self.tome is not None:
             assert isinstance(self._count, TomeCount)
             rows, cols = self._frame_grid
             with self.tome.merging(self._count.removals(rows * cols, step)):
                 return self.tome.result(self.vision_tower(pixels)), None
+        if self._tap is None and self.config.video.get("frames_at_once", 0) and torch.is_grad_enabled():
+            return _placed(checkpoint(self.vision_tower, pixels, use_reentrant=False)), None
         return _placed(self.vision_tower(pixels)), self._tap.signals() if self._tap else None
 
     def _given_features(self, features: Tensor) -> Tensor:
@@ -311,6 +331,11 @@ class VisualPath:
         ids, mask = (value.to(device, non_blocking=True) for value in questions)
         with _no_graph(self.instruction_tower):
             return Instruction(self.instruction_tower(ids, mask), mask)
+
+
+def _rows(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The rows of all parts, or None where there are none."""
+    return None if parts[0] is None else torch.cat([part for part in parts if part is not None])
 
 
 def _placed(tokens: Tensor) -> CompressedTokens:

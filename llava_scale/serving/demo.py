@@ -37,6 +37,7 @@ _CSS = """
 .gradio-container {max-width: 1280px !important}
 #counts table {width: 100%}
 footer {display: none !important}
+#chat button[title="Share"] {display: none !important}
 """
 
 
@@ -88,7 +89,7 @@ class Demo:
         """Tokens of the conversation before and after compression, as a table in Markdown."""
         assert session.last is not None
         prompt = session.last.prompt
-        visual = sum(length for _, length in prompt.media_spans)
+        visual = prompt.num_media_tokens
         share = f" ({1 - visual / prompt.num_features:.0%} fewer)" if visual < prompt.num_features else ""
         rows = (
             ("media, before compression", f"{prompt.num_features:,}"),

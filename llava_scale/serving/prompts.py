@@ -15,6 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 from llava_scale.data.collate import instruction_of
+from llava_scale.data.expansion import MediaBlock, expanded, media_blocks
 from llava_scale.data.media import probe
 from llava_scale.data.records import VIDEO_AUDIO, parse_record
 from llava_scale.errors import SampleError
@@ -35,6 +36,7 @@ Change = Literal["", "blank", "shuffle"]
 """What is done to media after they are decoded, to see what they contribute."""
 
 _SILENCE_RATE = 16_000
+_MASK = (1 << 62) - 1
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
 
 
@@ -65,9 +67,11 @@ class Prompt:
     Attributes:
         input_ids: Token ids; each medium's placeholder repeated to its number of tokens.
         media: Kind, encoded file and header of each medium, in order of appearance.
-        media_spans: First position and number of tokens of each medium, in order of appearance.
+        media_spans: First position and number of positions of each medium, in order of appearance; time stamps
+            between frames belong to it. A video and its sound that take turns have the same span.
         question: The user's turns without placeholders, for models that read them beside the pictures.
         num_features: Tokens that all media had before compression.
+        num_media_tokens: Tokens that they have in the text.
         change: As of the request.
         signature: One number a position: its token id, or for media what they look like to the model. Two prompts
             whose signatures begin alike begin with the same keys and values.
@@ -78,6 +82,7 @@ class Prompt:
     media_spans: tuple[tuple[int, int], ...] = ()
     question: str = ""
     num_features: int = 0
+    num_media_tokens: int = 0
     change: Change = ""
     signature: tuple[int, ...] = ()
 
@@ -102,37 +107,48 @@ def make_prompt(request: GenerationRequest, processor: LlavaScaleProcessor) -> P
     waiting = {kind: iter(items) for kind, items in media.items()}
     encoder, counter = processor.chat_encoder, processor.token_counter
     kind_of = {token_id: kind for kind, token_id in encoder.placeholder_ids.items()}
-    input_ids: list[int] = []
+    ids = encoder.encode_prompt(turns)
+    places = [place for place, token_id in enumerate(ids) if token_id in kind_of]
+    found: list[tuple[MediaKind, bytes, MediaInfo]] = []
+    for place in places:
+        kind = kind_of[ids[place]]
+        data = next(waiting[kind])
+        found.append((kind, data, _info(kind, data)))
+    counted = [(kind, counter.count(info, step=None)) for kind, _, info in found]
+    blocks = media_blocks(places, counted, encoder.placeholder_ids)
+    question = instruction_of(turns)
+    look = f"{processor.compressor}\n{question if processor.reads_questions else ''}\n{request.change}"
+    signature, spans = _signature(ids, blocks, found, look)
+    return Prompt(
+        input_ids=expanded(ids, blocks),
+        media=tuple(found),
+        media_spans=spans,
+        question=question,
+        num_features=sum(prod(tokens.grid) for _, tokens in counted),
+        num_media_tokens=sum(tokens.num_tokens for _, tokens in counted),
+        change=request.change,
+        signature=signature,
+    )
+
+
+def _signature(
+    ids: Sequence[int],
+    blocks: Sequence[MediaBlock],
+    media: Sequence[tuple[MediaKind, bytes, MediaInfo]],
+    look: str,
+) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+    """Signature and media spans of a prompt; a video and its sound in turn look like one medium."""
     signature: list[int] = []
     spans: list[tuple[int, int]] = []
-    found: list[tuple[MediaKind, bytes, MediaInfo]] = []
-    question = instruction_of(turns)
-    num_features = 0
-    look = f"{processor.compressor}\n{question if processor.reads_questions else ''}\n{request.change}"
-    for token_id in encoder.encode_prompt(turns):
-        kind = kind_of.get(token_id)
-        if kind is None:
-            input_ids.append(token_id)
-            signature.append(token_id)
-            continue
-        data = next(waiting[kind])
-        info = _info(kind, data)
-        tokens = counter.count(info, step=None)
-        found.append((kind, data, info))
-        count = tokens.num_tokens
-        num_features += prod(tokens.grid)
-        spans.append((len(input_ids), count))
-        input_ids += [token_id] * count
-        signature += [_look(data, f"{kind}\n{look}")] * count
-    return Prompt(
-        input_ids=input_ids,
-        media=tuple(found),
-        media_spans=tuple(spans),
-        question=question,
-        num_features=num_features,
-        change=request.change,
-        signature=tuple(signature),
-    )
+    start = 0
+    for block in blocks:
+        signature += ids[start : block.place]
+        start = block.place + block.num_media
+        inside = media[len(spans) : len(spans) + block.num_media]
+        spans += [(len(signature), len(block.ids))] * block.num_media
+        looks = [_look(data, f"{kind}\n{look}") for kind, data, _ in inside]
+        signature += [looks[0] if len(looks) == 1 else -1 - (hash(tuple(looks)) >> 1 & _MASK)] * len(block.ids)
+    return (*signature, *ids[start:]), tuple(spans)
 
 
 def load_media(prompt: Prompt, processor: LlavaScaleProcessor) -> Callable[[int], dict[str, Any]]:

@@ -165,7 +165,7 @@ def summary_rows(stats: DatasetStats) -> list[tuple[str, list[float]]]:
 def _add(stats: DatasetStats, turns: Sequence[Turn], infos: tuple[MediaInfo, ...], model: ModelSide) -> None:
     if model.encoder is not None:
         encoded = model.encoder.encode(turns)
-        counts = [model.counter.count(info, step=None).num_tokens for info in infos] if model.counter else []
+        counts = [model.counter.count(info, step=None).num_positions for info in infos] if model.counter else []
         # A placeholder is one id in the text and stands for all tokens of its medium.
         stats.tokens.append(len(encoded.input_ids) + sum(counts) - len(counts))
         stats.media_tokens.append(sum(counts))

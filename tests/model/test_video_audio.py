@@ -9,11 +9,11 @@ import torch
 from llava_scale.config import ModelConfig
 from llava_scale.data.decoding import OtherMedia
 from llava_scale.data.media import probe
-from llava_scale.data.toy.sight_and_sound import make_sight_and_sound
 from llava_scale.data.toy.sounds import make_sound
 from llava_scale.errors import CheckpointError, ConfigError, SampleError, ShapeError
 from llava_scale.model import build_model, load_model, row_inputs
 from llava_scale.types import IGNORE_INDEX, AudioFeatures, MediaInfo, PackedRow
+from tests.data.media_files import numbered_video, tone_file
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,8 @@ def hearing():
 @pytest.fixture(scope="module")
 def files():
     """A video with sound, its sound as a file, and another sound."""
-    both = make_sight_and_sound(random.Random(1), "train", 1).media
-    return both[0][2], both[1][2], make_sound(random.Random(2), "train", 1).media[0][2]
+    video = numbered_video(times_ms=tuple(range(0, 2000, 125)), sound="aac")
+    return video, tone_file("mp3", "libmp3lame", seconds=2.0), make_sound(random.Random(2), "train", 1).media[0][2]
 
 
 def features_of(processor, kind, data):

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from llava_scale.config import ModelConfig
-from llava_scale.data.toy.sight_and_sound import make_sight_and_sound
 from llava_scale.data.toy.sounds import make_sound
 from llava_scale.errors import ConfigError, SampleError
 from llava_scale.model import build_model
@@ -17,6 +16,7 @@ from llava_scale.serving.chat import AnswerSettings, ChatSession
 from llava_scale.serving.engine import Engine, GenerationRequest
 from llava_scale.serving.prompts import load_media, make_prompt
 from llava_scale.types import Turn
+from tests.data.media_files import numbered_video, tone_file
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,8 @@ def parts():
 
 @pytest.fixture(scope="module")
 def requests():
-    video, sound = (data for _, _, data in make_sight_and_sound(random.Random(1), "train", 1).media)
+    video = numbered_video(times_ms=tuple(range(0, 2000, 125)), sound="aac")
+    sound = tone_file("mp3", "libmp3lame", seconds=2.0)
     other = make_sound(random.Random(2), "train", 1).media[0][2]
     return [
         GenerationRequest(turns=(Turn("user", "which one?"),), media={"video": (video,), "audio": (sound,)}),
