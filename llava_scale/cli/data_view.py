@@ -160,6 +160,7 @@ def _side_of(processor: LlavaScaleProcessor, name: str, *, row_length: int = 0) 
         encoder=processor.chat_encoder,
         counter=processor.token_counter,
         transform=processor.image_transform,
+        video=processor.video_transform,
         row_length=row_length,
     )
 

@@ -12,9 +12,10 @@ from PIL import Image
 
 from llava_scale.data.index import key_hash
 from llava_scale.data.media import decode_image
-from llava_scale.data.records import FRAMES_EXT, split_frames
+from llava_scale.data.records import FRAMES_EXT
 from llava_scale.errors import ConfigError, SampleError
 from llava_scale.types import MEDIA_KINDS, PLACEHOLDERS
+from llava_scale.viz.dataset_media import CSS, sound_figure, video_figure
 from llava_scale.viz.page import number, page, picture, text
 
 if TYPE_CHECKING:
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
     from llava_scale.data.chat import ChatEncoder
     from llava_scale.data.dataset import ShardedDataset
     from llava_scale.data.media import ImageTransform
+    from llava_scale.data.video import VideoTransform
     from llava_scale.types import MediaInfo, MediaKind, MediaTokenCounter, Sample
 
 _PREVIEW_SIDE = 560
-_MAX_FRAMES = 8
 _MAX_PIXELS = 100_000_000
 
 _CSS = """
@@ -47,8 +48,6 @@ overflow-wrap:anywhere}
 .pair img{border:1px solid var(--line);border-radius:6px;background:#fff}
 .pair .small img{image-rendering:pixelated}
 figcaption{font-size:.78rem;color:var(--soft);margin-top:4px;line-height:1.35}
-.frames{display:grid;grid-template-columns:repeat(4,1fr);gap:4px}
-.facts{border:1px dashed var(--line);border-radius:6px;padding:9px 12px;font-size:.86rem;color:var(--soft)}
 .tokens{font-family:ui-monospace,SFMono-Regular,Menlo,"DejaVu Sans Mono",monospace;font-size:.84rem;line-height:1.9;
 white-space:pre-wrap;overflow-wrap:anywhere;margin:0 0 9px;max-width:none}
 .t{border-radius:3px;padding:1px 0;box-shadow:inset -1px 0 0 #cfd5de;background:#f3f5f8}
@@ -78,6 +77,7 @@ class ModelSide:
         encoder: Conversation to token ids; without it, turns are shown as text.
         counter: Tokens of each medium; without it, media spans are shown without their lengths.
         transform: Pictures as the model sees them; without it, originals only.
+        video: Videos as the model sees them; without it, frames spread over each.
         row_length: Longest sample in tokens; 0 sets no limit.
     """
 
@@ -85,6 +85,7 @@ class ModelSide:
     encoder: ChatEncoder | None = None
     counter: MediaTokenCounter | None = None
     transform: ImageTransform | None = None
+    video: VideoTransform | None = None
     row_length: int = 0
 
 
@@ -140,7 +141,7 @@ def view_tokens(sample: Sample, infos: Sequence[MediaInfo], model: ModelSide) ->
                 PLACEHOLDERS[kind],
                 token,
                 kind=kind,
-                num_tokens=counted.num_tokens if counted else 0,
+                num_tokens=counted.num_positions if counted else 0,
                 ordinal=seen[kind],
                 grid=counted.grid if counted else None,
             )
@@ -193,7 +194,7 @@ def write_samples_page(dataset: ShardedDataset, numbers: Sequence[int], out: str
     if model.name:
         subtitle += f", for {model.name}"
     body = [_legend(model), '<div class="samples">', *cards, "</div>"]
-    target.write_text(page(title=f"Samples of {dataset.name}", subtitle=subtitle, body=body, css=_CSS), "utf-8")
+    target.write_text(page(title=f"Samples of {dataset.name}", subtitle=subtitle, body=body, css=_CSS + CSS), "utf-8")
     return target
 
 
@@ -259,10 +260,9 @@ def _media(sample: Sample, infos: Sequence[MediaInfo], model: ModelSide) -> Iter
             position += 1
             if kind == "image":
                 yield _picture_pair(ordinal, ext, data, info, model)
-            elif ext == FRAMES_EXT:
-                yield _frames(ordinal, data)
             else:
-                yield f'<div class="facts">{kind} {ordinal} · {text(_describe(ext, data, info))}</div>'
+                show = _video if kind == "video" else _sound
+                yield show(ordinal, ext, data, info, model)
 
 
 def _picture_pair(ordinal: int, ext: str, data: bytes, info: MediaInfo, model: ModelSide) -> str:
@@ -273,21 +273,29 @@ def _picture_pair(ordinal: int, ext: str, data: bytes, info: MediaInfo, model: M
         return f'<div class="pair alone">{original}</div>'
     seen = model.transform(data)
     caption = f"as the model sees it · {_size(model.transform.size, model.transform.size)}"
-    if model.counter is not None:
-        counted = model.counter.count(info, step=None)
-        caption += f" · {_grid(counted.grid)} → {counted.num_tokens:,} tokens"
+    caption += _tokens_of(info, model)
     small = " small" if model.transform.size < 160 else ""
     return f'<div class="pair">{original}{_figure(_png(seen), "image/png", caption, small)}</div>'
 
 
-def _frames(ordinal: int, data: bytes) -> str:
-    frames = [frame for _, frame in split_frames(data)]
-    shown = [_preview(decode_image(frame, max_pixels=_MAX_PIXELS)) for frame in frames[:_MAX_FRAMES]]
-    images = "".join(picture(frame, mime="image/jpeg", alt=f"frame {i}") for i, frame in enumerate(shown))
-    caption = f"video {ordinal} as stored · {len(frames)} frames"
-    if len(frames) > len(shown):
-        caption += f", the first {len(shown)} shown"
-    return f'<figure><div class="frames">{images}</div><figcaption>{text(caption)}</figcaption></figure>'
+def _video(ordinal: int, ext: str, data: bytes, info: MediaInfo, model: ModelSide) -> str:
+    stored = "frames" if ext == FRAMES_EXT else _describe(ext, data, info)
+    return video_figure(f"video {ordinal} ({stored})", ext, data, info, model.video, _tokens_of(info, model))
+
+
+def _sound(ordinal: int, ext: str, data: bytes, info: MediaInfo, model: ModelSide) -> str:
+    return sound_figure(f"sound {ordinal} ({_describe(ext, data, info)})", ext, data, _tokens_of(info, model))
+
+
+def _tokens_of(info: MediaInfo, model: ModelSide) -> str:
+    """Features and tokens of a medium, for its caption; nothing where the model is not known."""
+    if model.counter is None:
+        return ""
+    counted = model.counter.count(info, step=None)
+    shown = f"{counted.grid[2]:,} features" if info.kind == "audio" else _grid(counted.grid)
+    between = counted.num_positions - counted.num_tokens
+    stamps = f" and {between:,} of time stamps" if between else ""
+    return f" · {shown} → {counted.num_tokens:,} tokens{stamps}"
 
 
 def _figure(data: bytes, mime: str, caption: str, css_class: str = "") -> str:
