@@ -23,7 +23,7 @@ test: install lint ## the fast suite
 	$(BIN)/pytest -n 2 -m "not slow and not gpu"
 
 test-all: install lint ## everything that needs no GPU; installs what the service tests talk to
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[services,docs]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[services,docs,demo,browser]'
 	$(BIN)/pytest -n 2 -m "not gpu" --timeout 1800
 
 test-gpu: install ## what needs a CUDA device

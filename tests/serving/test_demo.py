@@ -220,6 +220,7 @@ def visit(api, tab, url, picture, clip, shots):
     api.expect(tab.locator("#chat video")).to_be_visible(timeout=120_000)
     api.expect(tab.locator("#chat")).to_contain_text("which one sounds?")
     api.expect(tab.locator("#chat audio")).to_have_count(1)
+    assert not any(button.is_visible() for button in tab.get_by_title("Share").all()), "files could leave the page"
     api.expect(tab.locator("#counts")).to_contain_text("fewer", timeout=120_000)
     tab.screenshot(path=shots / f"demo-{tab.viewport_size['width']}-video.png", full_page=True)
     wide = tab.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth + 1")
