@@ -21,6 +21,7 @@ def toy(
     modalities: Annotated[
         str, typer.Option(help="Comma-separated: image, video, audio, video_audio, text.")
     ] = "image,text",
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
 ) -> None:
     """Make a synthetic data set in LLaVA's format: coloured shapes, sounds, and questions that need them."""
     from rich.console import Console
@@ -28,7 +29,7 @@ def toy(
     from llava_scale.data.toy.samples import write_toy
 
     names = tuple(name.strip() for name in modalities.split(",") if name.strip())
-    result = write_toy(out, num_samples=num_samples, num_test=num_test, seed=seed, modalities=names)
+    result = write_toy(out, num_samples=num_samples, num_test=num_test, seed=seed, modalities=names, workers=workers)
     Console().print(
         f"{result.num_train} training samples in {result.train_json}\n{result.num_test} test samples in "
         f"{result.test_json}\nnext: llava-scale data pack {result.train_json} {out}/train --media-root {out}"

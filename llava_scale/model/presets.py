@@ -36,7 +36,9 @@ WORDS = (
     "one or orange other outside over picture pink pitch position purple quiet rectangle red right same second see "
     "seven shape shapes show shown shows side six size small smaller sound square star system tell ten than that the "
     "there these thing things third this three to top triangle two under up user video was what where which white "
-    "with word yellow yes you above circles cross crosses say squares stars triangles zero ring rings list place"
+    "with word yellow yes you above circles cross crosses say squares stars triangles zero ring rings list place after "
+    "appear appears before bell bounce bounces clarinet come comes drum end "
+    "fall fast faster flute grow instrument jump makes plays rise shrink slow slower times trumpet way beeps"
 )
 """Words that are one token each, with and without a space before them and with a capital letter; any other text
 falls back to bytes."""

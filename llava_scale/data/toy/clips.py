@@ -32,12 +32,12 @@ SECONDS = NUM_FRAMES / VIDEO_RATE
 
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 """Steps in x and y."""
-SPEEDS: dict[str, int] = {"slow": round(0.2 * IMAGE_SIZE), "fast": round(0.62 * IMAGE_SIZE)}
+SPEEDS: dict[str, int] = {"slow": round(0.15 * IMAGE_SIZE), "fast": round(0.5 * IMAGE_SIZE)}
 """Pixels from the first to the last frame."""
-MAX_BOUNCES = 3
+MAX_BOUNCES = 2
 
-_RADIUS = round(0.11 * IMAGE_SIZE)
-_SHRUNK, _GROWN = round(0.07 * IMAGE_SIZE), round(0.18 * IMAGE_SIZE)
+_RADIUS = round(0.16 * IMAGE_SIZE)
+_SHRUNK, _GROWN = round(0.08 * IMAGE_SIZE), round(0.2 * IMAGE_SIZE)
 _LANES = (round(0.26 * IMAGE_SIZE), round(0.73 * IMAGE_SIZE))
 _MARGIN = _RADIUS + 2
 

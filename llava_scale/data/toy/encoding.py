@@ -39,9 +39,7 @@ def encode_video(frames: NDArray[np.uint8], sound: NDArray[np.float32] | None = 
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt, stream.gop_size = "yuv420p", _GROUP
         track: Any = (
-            None
-            if sound is None
-            else output.add_stream("aac", rate=rate, layout="mono", options={"aac_coder": "fast"})
+            None if sound is None else output.add_stream("aac", rate=rate, layout="mono", options={"aac_coder": "fast"})
         )
         for pixels in frames:
             output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import random
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +35,22 @@ _NUM_TURNS = (1, 1, 1, 1, 1, 1, 2, 3)
 """Questions in a conversation, drawn with equal chances. Most have one: what earlier answers tell need not be seen."""
 
 _TELL_ALL_SHARE = 0.3
+_PART = 500  # samples that one process makes at a time
 
 
 @dataclass(frozen=True, slots=True)
 class ToySample:
-    """Encoded media (kind, extension, bytes) in order, and the questions about them."""
+    """Encoded media (kind, extension, bytes) in order, and the questions about them.
+
+    Attributes:
+        media: The files.
+        questions: What is asked.
+        video_audio: Whether the sound track of the video belongs to the sample.
+    """
 
     media: tuple[tuple[MediaKind, str, bytes], ...]
     questions: tuple[Question, ...]
+    video_audio: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,9 +87,9 @@ def make_text(rng: random.Random, split: Split, num_turns: int) -> ToySample:
 MAKERS: dict[str, dict[Callable[[random.Random, Split, int], ToySample], float]] = {
     "image": {make_one_picture: 0.84, make_two_pictures: 0.08},
     "text": {make_text: 0.08},
-    "video": {make_clip: 0.8},
-    "audio": {make_sound: 0.8},
-    "video_audio": {make_sight_and_sound: 0.8},
+    "video": {make_clip: 0.32},
+    "audio": {make_sound: 0.14},
+    "video_audio": {make_sight_and_sound: 0.12},
 }
 """Makers of samples by modality, with their shares relative to each other."""
 
@@ -93,6 +103,7 @@ def write_toy(
     num_test: int = 0,
     seed: int = 0,
     modalities: Sequence[str] = DEFAULT_MODALITIES,
+    workers: int = 1,
 ) -> ToyResult:
     """Write ``train.json``, ``test.json`` and ``media/`` into ``out``.
 
@@ -107,6 +118,7 @@ def write_toy(
         num_test: Test samples; a tenth of the training samples, at least 20, if 0.
         seed: Seed of everything.
         modalities: Which of ``MAKERS`` to draw from.
+        workers: Processes; their number changes nothing in the files.
 
     Raises:
         ConfigError: a count below 1, an unknown modality, or a folder that cannot be written.
@@ -119,7 +131,7 @@ def write_toy(
     try:
         (folder / "media").mkdir(parents=True, exist_ok=True)
         for split, number in counts.items():
-            records = [_write_sample(folder, split, seed, i, modalities) for i in range(number)]
+            records = _write_samples(folder, split, seed, range(number), tuple(modalities), workers)
             (folder / f"{split}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write the synthetic data into {folder}: {error.strerror}") from None
@@ -151,6 +163,18 @@ def _check_modalities(modalities: Sequence[str]) -> None:
         raise ConfigError(f"name at least one modality of {', '.join(MAKERS)}")
 
 
+def _write_samples(
+    folder: Path, split: Split, seed: int, numbers: range, modalities: tuple[str, ...], workers: int
+) -> list[dict[str, Any]]:
+    """Write the media of many samples and return their records, in order."""
+    if workers < 2 or len(numbers) <= _PART:
+        return [_write_sample(folder, split, seed, number, modalities) for number in numbers]
+    parts = [numbers[start : start + _PART] for start in range(0, len(numbers), _PART)]
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        tasks = [pool.submit(_write_samples, folder, split, seed, part, modalities, 1) for part in parts]
+        return [record for task in tasks for record in task.result()]
+
+
 def _write_sample(folder: Path, split: Split, seed: int, number: int, modalities: Sequence[str]) -> dict[str, Any]:
     """Write the media of one sample and return its record."""
     sample = make_sample(split, seed, number, modalities)
@@ -160,6 +184,8 @@ def _write_sample(folder: Path, split: Split, seed: int, number: int, modalities
         path = Path("media") / f"{name}-{place}.{extension}"
         (folder / path).write_bytes(data)
         record.setdefault(kind, []).append(path.as_posix())
+    if sample.video_audio:
+        record["video_audio"] = True
     record["task"] = sample.questions[0].task if len(sample.questions) == 1 else "dialogue"
     record["conversations"] = _conversation(sample)
     return record

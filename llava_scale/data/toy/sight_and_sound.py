@@ -17,10 +17,10 @@ from llava_scale.data.toy.clips import (
     look,
     render_clip,
 )
-from llava_scale.data.toy.encoding import SOUND_FILES, encode_sound, encode_video
+from llava_scale.data.toy.encoding import encode_video
 from llava_scale.data.toy.questions import NUMBERS, Question, different_questions
 from llava_scale.data.toy.scenes import IMAGE_SIZE, Split, is_held_out
-from llava_scale.data.toy.sounds import RATES, TIMBRES, Note, near, render_sound
+from llava_scale.data.toy.sounds import RATES, TIMBRES, Note, near, render_sound, sound_file
 
 if TYPE_CHECKING:
     import random
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _SMALL, _JUMPED = round(0.1 * IMAGE_SIZE), round(0.17 * IMAGE_SIZE)
 _SPOTS = ((IMAGE_SIZE // 4, IMAGE_SIZE // 2), (IMAGE_SIZE - IMAGE_SIZE // 4 - 1, IMAGE_SIZE // 2))
 _BEEP_S = 0.2
+_OWN_TRACK_SHARE = 0.5
 
 JOINT_TASKS = ("source", "sync")
 """Skills that need both picture and sound."""
@@ -60,16 +61,18 @@ def draw_scene(rng: random.Random, split: Split) -> Scene:
 
 
 def make_sight_and_sound(rng: random.Random, split: Split, num_turns: int) -> ToySample:
-    """A video, its sound as a second file, and questions; the video carries the same sound as its own track."""
+    """A video with its sound as its own track or as a second file, and questions."""
     # samples.py lists this maker, so it is imported when both modules are there.
     from llava_scale.data.toy.samples import ToySample
 
     scene = draw_scene(rng, split)
     questions = different_questions(lambda: _ask(rng, scene), num_turns)
-    extension, rate = rng.choice(tuple(SOUND_FILES)), rng.choice(RATES)
+    rate = rng.choice(RATES)
     wave = render_sound(scene.notes, rng, rate, SECONDS)
-    video = encode_video(render_clip(scene.actors, rng), wave, rate)
-    return ToySample((("video", "mp4", video), ("audio", extension, encode_sound(wave, extension, rate))), questions)
+    frames = render_clip(scene.actors, rng)
+    if rng.random() < _OWN_TRACK_SHARE:
+        return ToySample((("video", "mp4", encode_video(frames, wave, rate)),), questions, video_audio=True)
+    return ToySample((("video", "mp4", encode_video(frames)), sound_file(rng, wave, rate)), questions)
 
 
 def _draw_two(rng: random.Random) -> Scene:

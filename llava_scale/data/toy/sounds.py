@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llava_scale.data.toy.encoding import SOUND_FILES, encode_sound
+from llava_scale.data.toy.encoding import encode_sound
 from llava_scale.data.toy.questions import NUMBERS, Question, different_questions
 from llava_scale.data.toy.scenes import Split, is_held_out
 
@@ -23,10 +23,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from llava_scale.data.toy.samples import ToySample
+    from llava_scale.types import MediaKind
 
 SECONDS = 2.0
-RATES = (16_000, 22_050, 44_100)
+RATES = (16_000, 22_050)
 """Samples a second of the files."""
+FILE_SHARES: dict[str, float] = {"wav": 0.45, "flac": 0.4, "mp3": 0.15}
+"""Extension -> share of the files."""
 MAX_BEEPS = 5
 
 TIMBRES: dict[str, tuple[tuple[tuple[float, float], ...], float]] = {
@@ -76,9 +79,14 @@ def make_sound(rng: random.Random, split: Split, num_turns: int) -> ToySample:
 
     sound = draw_sound(rng, split)
     questions = different_questions(lambda: rng.choice(sound.askers)(rng, sound), num_turns)
-    extension, rate = rng.choice(tuple(SOUND_FILES)), rng.choice(RATES)
-    data = encode_sound(render_sound(sound.notes, rng, rate), extension, rate)
-    return ToySample((("audio", extension, data),), questions)
+    rate = rng.choice(RATES)
+    return ToySample((sound_file(rng, render_sound(sound.notes, rng, rate), rate),), questions)
+
+
+def sound_file(rng: random.Random, wave: NDArray[np.float32], rate: int) -> tuple[MediaKind, str, bytes]:
+    """The wave as a medium of a sample, in one of the formats."""
+    (extension,) = rng.choices(tuple(FILE_SHARES), tuple(FILE_SHARES.values()))
+    return "audio", extension, encode_sound(wave, extension, rate)
 
 
 def render_sound(
