@@ -145,12 +145,17 @@ def make_theirs(options: argparse.Namespace) -> Any:
     return model
 
 
-def make_ours(options: argparse.Namespace, theirs: Any) -> Any:
-    """Our model with the same weights."""
+def our_config(options: argparse.Namespace) -> LlavaScaleConfig:
+    """Config of our model."""
     text, vision = make_configs(options)
     config = LlavaScaleConfig(text_config=text, vision_config=vision, image_size=IMAGE, image_mean=(0.5,) * 3)
     config.image_std, config.image_token_id = (0.5,) * 3, image_token(options.layers)
-    model = LlavaScaleForConditionalGeneration(config)
+    return config
+
+
+def make_ours(options: argparse.Namespace, theirs: Any) -> Any:
+    """Our model with the same weights."""
+    model = LlavaScaleForConditionalGeneration(our_config(options))
     source = theirs.model
     model.language_model.model.load_state_dict(source.language_model.state_dict())
     tower = source.vision_tower.state_dict()

@@ -25,6 +25,23 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("shards") / "train", num_samples=48, text_every=2)
 
 
+@pytest.fixture(scope="session")
+def all_media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of pictures, videos, sounds, videos with sound, and text alone."""
+    from typer.testing import CliRunner
+
+    from llava_scale.cli import build_app
+    from llava_scale.data.toy.samples import write_toy
+
+    folder = tmp_path_factory.mktemp("all_media")
+    kinds = ("image", "text", "video", "audio", "video_audio")
+    write_toy(folder, num_samples=40, num_test=1, seed=3, modalities=kinds)
+    arguments = ["data", "pack", folder / "train.json", folder / "shards", "--media-root", folder]
+    packed = CliRunner().invoke(build_app(), [*map(str, arguments)])
+    assert packed.exit_code == 0, packed.output
+    return folder / "shards"
+
+
 @pytest.fixture
 def make_tree(shards: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Config tree of a run in the folder ``name``: rows of one sample, so that some are text only."""

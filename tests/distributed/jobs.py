@@ -20,11 +20,14 @@ def train(ranks: Ranks, tree: dict[str, Any], **options: Any) -> dict[str, Any]:
 
     Options: ``resume``; ``stop_after`` a step, by a signal to the last rank.
     """
-    media = {"with": 0, "without": 0}
+    media = {"with": 0, "without": 0, "image": 0, "video": 0, "audio": 0}
     backward = trainer.Trainer._backward
 
     def counting(self, row, num_tokens, *, last):
-        media["without" if row.pixel_values is None else "with"] += 1
+        inputs = {"image": row.pixel_values, "video": row.pixel_values_videos, "audio": row.audio_values}
+        found = [kind for kind, values in inputs.items() if values is not None]
+        for kind in (*found, "with" if found else "without"):
+            media[kind] += 1
         if options.get("stop_after") == self.step + 1 and ranks.rank == ranks.size - 1 and not self.stop:
             os.kill(os.getpid(), signal.SIGTERM)
         return backward(self, row, num_tokens, last=last)

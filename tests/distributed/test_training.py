@@ -105,17 +105,42 @@ def test_compressors_take_part_also_where_a_rank_has_text_only(make_tree, compre
         assert_same_numbers(jobs.trained_lines(tree), jobs.trained_lines(alone))
 
 
+def of_all_media(shards):
+    """Settings of a run that sees and hears, in rows of one sample."""
+    return {
+        "data": {"sources": [{"path": str(shards)}], "packing": {"mode": "samples", "samples_per_row": 1}},
+        "model": {"audio_tower": "tiny"},
+        "stage": "instruct_av",
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_fifty_steps_of_one_two_and_four_processes_agree(make_tree):
-    alone = make_tree("alone", steps=50, learning_rate=2e-4)
+def test_ranks_with_different_kinds_of_media_compute_what_one_computes(make_tree, all_media):
+    settings = of_all_media(all_media) | {"steps": 2, "rows_per_step": 8}
+    alone = make_tree("alone", **settings)
+    jobs.train(Ranks(), alone)
+    trees = [make_tree(name, parallel={"strategy": name}, **settings) for name in ("ddp", "fsdp2")]
+    ranks = run_ranks(2, jobs.train_all, [(tree, {}) for tree in trees])
+    met = {kind for found in (ranks[0][0], ranks[1][0]) for kind, number in found["rows"].items() if number}
+    assert met == {"with", "without", "image", "video", "audio"}
+    for tree in trees:
+        assert_same_numbers(jobs.trained_lines(tree), jobs.trained_lines(alone))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("media", ["pictures", "all media"])
+def test_fifty_steps_of_one_two_and_four_processes_agree(make_tree, all_media, media):
+    settings = {"steps": 50, "learning_rate": 2e-4} | (of_all_media(all_media) if media == "all media" else {})
+    alone = make_tree("alone", **settings)
     jobs.train(Ranks(), alone)
     kinds = {"ddp": {"strategy": "ddp"}, "fsdp2": FSDP2}
     for size in (2, 4):
         both = {f"{name}{size}": kind for name, kind in kinds.items()}
         if size == 4:
             both["hsdp"] = {**FSDP2, "replicas": 2}
-        trees = [make_tree(name, steps=50, learning_rate=2e-4, parallel=kind) for name, kind in both.items()]
+        trees = [make_tree(name, parallel=kind, **settings) for name, kind in both.items()]
         run_ranks(size, jobs.train_all, [(tree, {}) for tree in trees], timeout_s=600)
         for tree in trees:
             assert_same_numbers(jobs.trained_lines(tree), jobs.trained_lines(alone))
