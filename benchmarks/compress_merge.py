@@ -17,7 +17,7 @@ from llava_scale.compressors.base import Context
 from llava_scale.compressors.schedule import RatioSchedule
 from llava_scale.compressors.token_merging import LocalTokenMerging
 
-HEADER = ["input", "what", "CPU ms", "time against ours", "peak memory over the input's"]
+HEADER = ["input", "what", "CPU ms", "time against ours", "peak memory over the input's", "without results"]
 
 
 def ours(x: Tensor, *, grid: tuple[int, int, int], scope: str = "frame", mode: str = "merge") -> Tensor:

@@ -9,18 +9,19 @@ projects the 64 answers.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from common import machine, table
-from compression import arguments, backward, rows, without_graph
+from compression import Run, arguments, backward, rows, without_graph
 from torch import Tensor, nn
 
 from llava_scale.compressors.base import Context, Instruction
 from llava_scale.compressors.swin_qformer import LegacySwinQFormer, SwinQFormer
 from llava_scale.compressors.window_attention import Windows, legacy_windows, window_attention
 
-HEADER = ["tokens", "what", "CPU ms", "time against ours", "peak memory over keys and values"]
+HEADER = ["tokens", "what", "CPU ms", "time against ours", "peak memory over keys and values", "without results"]
 
 
 def copied(query: Tensor, key: Tensor, value: Tensor, *, windows: Windows) -> Tensor:
@@ -82,17 +83,17 @@ def layer_rows(num_tokens: int, sizes: dict[str, int], width: int, out_width: in
     """The whole layer, forward and backward to its weights."""
     reader_width = 768
     question = Instruction(torch.randn(1, 32, reader_width), torch.ones(1, 32, dtype=torch.bool))
-    context, grid = Context(instruction=question), (1, 1, num_tokens)
+    context, grid = Context(instruction=question), (1, num_tokens // 96, 96)
     x = torch.randn(1, num_tokens, width)
     new = OurLayer(width, out_width, reader_width, sizes)
     old = OriginalLayer(width, instruction_width=reader_width, width=out_width, **sizes)
     legacy = LegacySwinQFormer(width, instruction_width=reader_width, width=out_width, **sizes)
     legacy.load_state_dict(copy.deepcopy(old.state_dict()))
 
-    def trained(module: nn.Module, forward: object) -> object:
+    def trained(module: nn.Module, forward: Callable[[], Tensor]) -> Run:
         parameters = list(module.parameters())
 
-        def run() -> object:
+        def run() -> Sequence[Tensor | None]:
             out = forward()
             return torch.autograd.grad(out, parameters, torch.ones_like(out), allow_unused=True)
 

@@ -6,12 +6,12 @@ import argparse
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-Run = Callable[[], object]
+Run = Callable[[], Sequence[torch.Tensor | None]]
 
 
 def seconds(run: Run) -> float:
@@ -32,18 +32,19 @@ def interleaved(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
     return times
 
 
-def peak_bytes(run: Run) -> int:
-    """Most memory that torch held on the CPU during a call, above what it held before."""
+def peak_bytes(run: Run) -> tuple[int, int]:
+    """Most memory that torch held on the CPU during a call, above what it held before; and that of the results."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         kept = run()
+    results = sum(tensor.untyped_storage().nbytes() for tensor in kept if tensor is not None)
     del kept
     held = most = 0
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         most = max(most, held)
-    return most
+    return most, results
 
 
 def ratios(times: dict[str, list[float]], name: str, ours: str) -> str:
@@ -55,13 +56,17 @@ def ratios(times: dict[str, list[float]], name: str, ours: str) -> str:
 def rows(
     label: str, runs: dict[str, Run], *, ours: str, rounds: int, input_bytes: int, memory: bool = True
 ) -> list[list[str]]:
-    """A table row for each run: label, name, milliseconds, ratio to ours, peak memory over the size of the input."""
+    """A table row for each run: label, name, milliseconds, ratio to ours, memory over the size of the input.
+
+    Memory is the peak with all results, and what it is above the results, which all runs must have.
+    """
     times = interleaved(runs, rounds)
     table = []
     for name, run in runs.items():
-        peak = f"{peak_bytes(run) / input_bytes:.3f}" if memory else ""
+        peak, results = peak_bytes(run) if memory else (0, 0)
         milliseconds = f"{1e3 * statistics.median(times[name]):.2f}"
-        table.append([label, name, milliseconds, ratios(times, name, ours), peak])
+        shown = [f"{peak / input_bytes:.3f}", f"{(peak - results) / input_bytes:.4f}"] if memory else ["", ""]
+        table.append([label, name, milliseconds, ratios(times, name, ours), *shown])
         print("  ".join(table[-1]), flush=True)
     return table
 
@@ -70,19 +75,19 @@ def backward(forward: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Run
     """Forward and backward pass for the inputs that want a gradient, with a gradient of ones."""
     leaves = [value for value in inputs if value.requires_grad]
 
-    def run() -> object:
+    def run() -> Sequence[torch.Tensor | None]:
         out = forward(*inputs)
         return torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
 
     return run
 
 
-def without_graph(forward: Callable[..., object], *inputs: torch.Tensor) -> Run:
+def without_graph(forward: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Run:
     """Forward pass that keeps nothing."""
 
-    def run() -> object:
+    def run() -> Sequence[torch.Tensor | None]:
         with torch.no_grad():
-            return forward(*inputs)
+            return (forward(*inputs),)
 
     return run
 

@@ -6,7 +6,6 @@ the instruction tower, ``C`` width of the queries.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from llava_scale.compressors.base import EVALUATION, CompressedTokens, Context, Instruction
 from llava_scale.compressors.merging import check_grid
+from llava_scale.compressors.normed_tokens import NormedTokens, absorbs
 from llava_scale.compressors.window_attention import (
     Windows,
     legacy_windows,
@@ -26,10 +26,6 @@ from llava_scale.compressors.window_attention import (
     window_weights,
 )
 from llava_scale.types import Grid
-
-ABSORB_FROM = 8
-"""Work of projecting all tokens over that of letting queries meet them as they are, from which the latter is done
-(measured on a CPU: equal at 2, 2.5 times faster at 18)."""
 
 QUERY_STD = 0.02
 """Standard deviation of learned queries at the start, as usual for embeddings."""
@@ -156,7 +152,7 @@ class SwinQFormer(QueryCompressor):
         position: Literal["sincos", "none"] = "sincos",
     ) -> None:
         super().__init__(width=width, num_queries=num_queries, window=window, scope=scope, reads=instruction_width > 0)
-        self.position = position
+        self.position, self.head_width = position, width // num_heads
         self.queries = nn.Parameter(torch.empty(num_queries, width))
         self.null_instruction = nn.Parameter(torch.empty(instruction_width)) if instruction_width else None
         self.norm_tokens = nn.LayerNorm(in_width)
@@ -179,19 +175,22 @@ class SwinQFormer(QueryCompressor):
 
     def answer(self, x_BND: Tensor, grid: Grid, windows: Windows, instruction: Instruction | None) -> Tensor:
         """Answers ``(B, Q, C)`` of one set of queries to each of ``x_BND``."""
-        x_BND = self.norm_tokens(x_BND)
+        tokens = NormedTokens(x_BND, self.norm_tokens, grid if self.position == "sincos" else None)
         queries = self.queries.expand(x_BND.shape[0], -1, -1)
         if self.pool is not None:
-            means = F.adaptive_avg_pool1d(x_BND.transpose(1, 2), self.count.num_queries).transpose(1, 2)
-            queries = queries + self.pool(means)
-        placed = x_BND
-        if self.position == "sincos":
-            placed = x_BND + sincos_position(grid, x_BND.shape[2], like=x_BND)
+            queries = queries + self.pool(self._share_means(tokens))
         read = self._with_null(instruction, x_BND)
         for layer in self.layers:
-            queries = layer(queries, placed, x_BND, windows, read)
+            queries = layer(queries, tokens, windows, read)
         answers: Tensor = self.norm_out(queries)
         return answers
+
+    def _share_means(self, tokens: NormedTokens) -> Tensor:
+        """Mean of each query's share of the tokens, ``(B, Q, D)``."""
+        num_tokens, num_queries = tokens.x.shape[1], self.count.num_queries
+        if not absorbs(num_tokens, self.head_width, self.windows(num_tokens)):
+            return F.adaptive_avg_pool1d(tokens.values.transpose(1, 2), num_queries).transpose(1, 2)
+        return tokens.means(tuple(_share(number, num_queries, num_tokens) for number in range(num_queries)))
 
     def _with_null(self, instruction: Instruction | None, x_BND: Tensor) -> Instruction | None:
         """Questions with a learned token before them, which is seen where there is no question."""
@@ -204,6 +203,11 @@ class SwinQFormer(QueryCompressor):
         features = torch.cat([null, instruction.features.to(x_BND.dtype)], dim=1)
         empty = ~instruction.mask.any(dim=1, keepdim=True)
         return Instruction(self.norm_instruction(features), torch.cat([empty, instruction.mask], dim=1))
+
+
+def _share(number: int, num_queries: int, num_tokens: int) -> range:
+    """Tokens of which query ``number`` gets the mean, by the rule of adaptive pooling."""
+    return range(number * num_tokens // num_queries, -(-(number + 1) * num_tokens // num_queries))
 
 
 class SwinQFormerLayer(nn.Module):
@@ -226,14 +230,13 @@ class SwinQFormerLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(
-        self, queries: Tensor, placed: Tensor, x_BND: Tensor, windows: Windows, instruction: Instruction | None
+        self, queries: Tensor, tokens: NormedTokens, windows: Windows, instruction: Instruction | None
     ) -> Tensor:
         """Queries ``(B, Q, C)`` after reading the question and looking at the tokens.
 
         Args:
             queries: ``(B, Q, C)``.
-            placed: Tokens with their positions, for the keys.
-            x_BND: Tokens, for the values.
+            tokens: NormedTokens with their norm and positions.
             windows: Tokens that each query sees.
             instruction: The question; None for none.
         """
@@ -241,7 +244,7 @@ class SwinQFormerLayer(nn.Module):
             query, key, value = self.read.project(self.norm_read(queries), *[instruction.features] * 2)
             mask = instruction.mask[:, None, None]
             queries = queries + self.read.merge(F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
-        queries = queries + self.look.through_windows(self.norm_look(queries), placed, x_BND, windows)
+        queries = queries + self.look.through_windows(self.norm_look(queries), tokens, windows)
         mixed: Tensor = queries + self.mlp(self.norm_mlp(queries))
         return mixed
 
@@ -257,7 +260,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, width: int, memory_width: int, num_heads: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.head_width = num_heads, width // num_heads
         self.q_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
         # a bias of the keys would add the same to all scores of a query, which softmax takes away again
         self.k_proj, self.v_proj = nn.Linear(memory_width, width, bias=False), nn.Linear(memory_width, width)
@@ -272,37 +275,36 @@ class CrossAttention(nn.Module):
         mixed: Tensor = self.out_proj(heads.transpose(1, 2).flatten(2))
         return mixed
 
-    def through_windows(self, queries: Tensor, keys: Tensor, values: Tensor, windows: Windows) -> Tensor:
+    def through_windows(self, queries: Tensor, tokens: NormedTokens, windows: Windows) -> Tensor:
         """Attention of query i to the tokens ``windows[i]``, ``(B, Q, C)``.
 
         Args:
             queries: ``(B, Q, C)``.
-            keys: ``(B, N, D)``, what the keys are made from.
-            values: ``(B, N, D)``, what the values are made from.
+            tokens: What keys and values are made from.
             windows: Tokens that each query sees.
         """
         if self.recorder is not None:
-            self.recorder(window_weights(self._split(self.q_proj(queries)), self._split(self.k_proj(keys)), windows))
-        num_tokens, head_width = keys.shape[1], self.q_proj.out_features // self.num_heads
-        seen = min(2 * max(map(len, windows)), num_tokens)
-        if num_tokens * head_width > ABSORB_FROM * len(windows) * seen:
-            return self._absorbed(queries, keys, values, windows)
-        return self.merge(window_attention(*self.project(queries, keys, values), windows))
+            self.recorder(
+                window_weights(self._split(self.q_proj(queries)), self._split(self.k_proj(tokens.keys)), windows)
+            )
+        if absorbs(tokens.x.shape[1], self.head_width, windows):
+            return self._absorbed(queries, tokens, windows)
+        return self.merge(window_attention(*self.project(queries, tokens.keys, tokens.values), windows))
 
-    def _absorbed(self, queries: Tensor, keys: Tensor, values: Tensor, windows: Windows) -> Tensor:
+    def _absorbed(self, queries: Tensor, tokens: NormedTokens, windows: Windows) -> Tensor:
         """The same without ever projecting the tokens, of which there are many more than queries.
 
         ``q (K x) = (q K) x`` and ``sum of a (V x) = V (sum of a x)``: queries go through the keys' map into the width
-        of the tokens, where each head is a query of its own, and what they collect goes through the values' map.
+        of the tokens, where each head is a query of its own, and what they collect goes through the values' map. So do
+        the weights of the norm.
         """
-        num_batch, num_queries, width = queries.shape
-        heads, head_width, token_width = self.num_heads, width // self.num_heads, keys.shape[2]
-        split = self.q_proj(queries).view(num_batch, num_queries, heads, head_width)
+        num_batch, num_queries, _ = queries.shape
+        heads, head_width, token_width = self.num_heads, self.head_width, tokens.x.shape[2]
+        split = (self.q_proj(queries) * head_width**-0.5).view(num_batch, num_queries, heads, head_width)
         mapped = torch.einsum("bqhc,hcd->bqhd", split, self.k_proj.weight.view(heads, head_width, token_width))
-        mapped = mapped.flatten(1, 2).unsqueeze(1) * (token_width / head_width) ** 0.5  # attention divides by its root
+        mapped = mapped.flatten(1, 2)
         of_heads = tuple(window for window in windows for _ in range(heads))
-        looked = window_attention(mapped, keys.unsqueeze(1), values.unsqueeze(1), of_heads)
-        looked = looked.view(num_batch, num_queries, heads, token_width)
+        looked = tokens.attend(mapped, of_heads).view(num_batch, num_queries, heads, token_width)
         collected = torch.einsum("bqhd,hcd->bqhc", looked, self.v_proj.weight.view(heads, head_width, token_width))
         mixed: Tensor = self.out_proj(collected.flatten(2) + self.v_proj.bias)
         return mixed
@@ -378,17 +380,3 @@ def recorded_attention(compressor: QueryCompressor) -> Iterator[list[Tensor]]:
     finally:
         for module in lookers:
             module.recorder = None
-
-
-def sincos_position(grid: Grid, width: int, *, like: Tensor) -> Tensor:
-    """Sines and cosines of frame, row and column, ``(N, width)`` in the type and on the device of ``like``.
-
-    A sixth of the width for each of the six; what is left over is zero.
-    """
-    num_waves = width // 6
-    waves = torch.exp(torch.arange(num_waves, device=like.device) * (-math.log(10_000.0) / max(num_waves, 1)))
-    sides = [torch.arange(side, device=like.device) for side in grid]
-    places = torch.stack(torch.meshgrid(*sides, indexing="ij"), dim=-1).view(-1, 3, 1)
-    angles = (places * waves).flatten(1)
-    position = torch.cat([angles.sin(), angles.cos()], dim=1)
-    return F.pad(position, (0, width - position.shape[1])).to(like.dtype)

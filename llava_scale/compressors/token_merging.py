@@ -25,6 +25,8 @@ from llava_scale.types import Grid
 _PIECES = 8
 """Parts of a batch that are copied to a wider type one after the other."""
 
+_HAS_MATRIX_UNITS = bool(dict(getattr(torch.cpu, "get_capabilities", dict)()).get("amx_bf16"))
+
 Scope = Literal["frame", "clip", "window"]
 Window = tuple[int, int, int]
 
@@ -176,14 +178,46 @@ def match(metric_BND: Tensor, grid: Grid, window: Window, scope: Scope, dst_posi
     x = metric_BND.reshape(num_batch * parts, -1, width)
     dst = metric_BND.index_select(1, dst_positions).view(num_batch * parts, -1, width)
     stays = torch.zeros(num_tokens, dtype=torch.bool, device=x.device).scatter(0, dst_positions, True)
-    own = None
-    if scope == "window":
-        own, outside = _own_window(grid, window, x.device)
-        own, stays = own.view(parts, -1).repeat(num_batch, 1), stays | outside
-    similarity, slot = _most_similar(x, dst, own)
+    if scope != "window" and _multiplies_faster_in_float32(x):
+        similarity, slot = _sources_in_pieces(x, dst, stays.view(parts, -1))
+    else:
+        own = None
+        if scope == "window":
+            own, outside = _own_window(grid, window, x.device)
+            own, stays = own.view(parts, -1).repeat(num_batch, 1), stays | outside
+        similarity, slot = _most_similar(x, dst, own)
     first_slot = torch.arange(parts, device=x.device).unsqueeze(1) * dst.shape[1]
     target = dst_positions[(slot.view(num_batch, parts, -1) + first_slot).view(num_batch, num_tokens)]
     return similarity.view(num_batch, num_tokens).masked_fill(stays, -torch.inf), target
+
+
+def _multiplies_faster_in_float32(x: Tensor) -> bool:
+    """Sixteen bits on a CPU, unless it has matrix units for them; AVX-512's own instructions are slower."""
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return x.dtype == torch.float16 or not _HAS_MATRIX_UNITS
+
+
+def _sources_in_pieces(x_BND: Tensor, dst_BMD: Tensor, stays: Tensor) -> tuple[Tensor, Tensor]:
+    """As ``_most_similar``, in float32: sources, and only these, are copied, a piece at a time to stay in the cache.
+
+    Args:
+        x_BND: What is compared; B parts that are searched on their own.
+        dst_BMD: Copies of the destinations.
+        stays: ``(P, N)``, true for the destinations of each part of a medium; equally many in all.
+    """
+    num_parts, num_tokens = x_BND.shape[:2]
+    num_sources = num_tokens - dst_BMD.shape[1]
+    sources = stays.byte().argsort(dim=1, stable=True)[:, :num_sources].repeat(num_parts // stays.shape[0], 1)
+    rows = sources + torch.arange(num_parts, device=x_BND.device).unsqueeze(1) * num_tokens
+    flat, size = x_BND.reshape(-1, x_BND.shape[2]), -(-num_parts // _PIECES)
+    found = [
+        _most_similar(flat.index_select(0, row.flatten()).view(*row.shape, -1).float(), dst.float(), None)
+        for row, dst in zip(torch.split(rows, size), torch.split(dst_BMD, size), strict=True)
+    ]
+    best, slot = (torch.cat(values) for values in zip(*found, strict=True))
+    similarity = best.new_zeros(num_parts, num_tokens).scatter(1, sources, best)
+    return similarity, slot.new_zeros(num_parts, num_tokens).scatter(1, sources, slot)
 
 
 def _most_similar(x_BND: Tensor, dst_BMD: Tensor, own_BN: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -194,16 +228,7 @@ def _most_similar(x_BND: Tensor, dst_BMD: Tensor, own_BN: Tensor | None) -> tupl
         dst_BMD: Copies of the destinations, which are normalised in place.
         own_BN: Number of the only destination that each token may have; None for any.
     """
-    if x_BND.device.type == "cpu" and x_BND.dtype in (torch.bfloat16, torch.float16):
-        # CPUs without matrix units multiply float32 faster, a piece at a time so that the copies stay small
-        size = -(-x_BND.shape[0] // _PIECES)
-        owns = [None] * _PIECES if own_BN is None else torch.split(own_BN, size)
-        pieces = [
-            _most_similar(x.float(), dst.float(), own)
-            for x, dst, own in zip(torch.split(x_BND, size), torch.split(dst_BMD, size), owns, strict=False)
-        ]
-        return torch.cat([best for best, _ in pieces]), torch.cat([slot for _, slot in pieces])
-    unit = dst_BMD.div_(_lengths(dst_BMD).to(dst_BMD.dtype).unsqueeze(-1))
+    unit = dst_BMD.mul_(_lengths(dst_BMD).reciprocal().to(dst_BMD.dtype).unsqueeze(-1))
     scores = torch.bmm(x_BND, unit.transpose(1, 2))
     if own_BN is None:
         best, slot = scores.max(dim=-1)

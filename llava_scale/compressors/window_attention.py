@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Windows = tuple[range, ...]
 """Tokens that each query sees; starts never fall."""
@@ -46,9 +47,8 @@ def window_attention(query: Tensor, key: Tensor, value: Tensor, windows: Windows
     """Scaled dot-product attention in which query i sees the tokens ``windows[i]`` only.
 
     Few tokens take one call under a mask. Many are taken in groups of neighbouring queries whose windows together
-    span at most two widths; each group reads its part of keys and values where it lies. The backward pass computes a
-    group's scores again and adds its gradients in place, so neither pass holds anything of the size of the copied
-    windows.
+    span at most two widths; each group reads its part of keys and values where it lies, and adds its gradients there.
+    So neither pass holds anything of the size of the copied windows.
 
     Args:
         query: ``(B, H, Q, D)``.
@@ -70,12 +70,12 @@ def window_attention(query: Tensor, key: Tensor, value: Tensor, windows: Windows
 def window_weights(query: Tensor, key: Tensor, windows: Windows) -> Tensor:
     """Weights that ``window_attention`` gives the tokens, ``(B, H, Q, N)``; to look at, as they are large."""
     scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
-    mask = _mask(windows, key.shape[2], key.device)
+    mask = seen_by(windows, key.shape[2], key.device)
     seen = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
     return F.softmax(seen, dim=-1, dtype=torch.float32)
 
 
-def _mask(windows: Sequence[range], num_tokens: int, device: torch.device) -> Tensor | None:
+def seen_by(windows: Sequence[range], num_tokens: int, device: torch.device) -> Tensor | None:
     """``(Q, N)`` bool, true where a query sees a token; None if all see all."""
     if all(len(window) == num_tokens for window in windows):
         return None
@@ -85,7 +85,7 @@ def _mask(windows: Sequence[range], num_tokens: int, device: torch.device) -> Te
     return (place >= starts) & (place < stops)
 
 
-def _groups(windows: Sequence[range]) -> list[tuple[slice, slice, list[range]]]:
+def groups(windows: Sequence[range]) -> list[tuple[slice, slice, list[range]]]:
     """Neighbouring queries, the tokens that they see together, and their windows within these."""
     groups = []
     begin = 0
@@ -101,35 +101,51 @@ def _groups(windows: Sequence[range]) -> list[tuple[slice, slice, list[range]]]:
 
 
 class _GroupedAttention(torch.autograd.Function):
-    """One call of attention for each group of queries."""
+    """A few products for each group of queries, in at least float32; gradients are added where they belong."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, windows: Windows) -> Tensor:
         """Outputs ``(B, H, Q, D)``."""
-        ctx.save_for_backward(query, key, value)
+        parts, weights = [], []
+        with torch.autocast(query.device.type, enabled=False):
+            for queries, tokens, inside in groups(windows):
+                near = _heads(key, tokens)
+                scores = torch.bmm(_heads(query, queries) * query.shape[-1] ** -0.5, near.transpose(1, 2))
+                seen = seen_by(inside, near.shape[1], query.device)
+                if seen is not None:
+                    scores.masked_fill_(~seen, -torch.inf)
+                weights.append(scores.softmax(dim=-1))
+                parts.append(torch.bmm(weights[-1], _heads(value, tokens)))
+        ctx.save_for_backward(query, key, value, *weights)
         ctx.windows = windows
-        parts = []
-        for queries, tokens, inside in _groups(windows):
-            parts.append(_attend(query[:, :, queries], key[:, :, tokens], value[:, :, tokens], inside))
-        return torch.cat(parts, dim=2)
+        return torch.cat(parts, dim=1).view(*query.shape[:3], value.shape[3]).to(query.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of queries, keys and values."""
-        query, key, value = ctx.saved_tensors
-        grads = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for queries, tokens, inside in _groups(ctx.windows):
-            places = (queries, tokens, tokens)
-            inputs = [x[:, :, at].detach().requires_grad_() for x, at in zip((query, key, value), places, strict=True)]
-            with torch.enable_grad():
-                output = _attend(inputs[0], inputs[1], inputs[2], inside)
-            of_inputs = torch.autograd.grad(output, inputs, grad[:, :, queries])
-            grads[0][:, :, queries] = of_inputs[0]
-            grads[1][:, :, tokens] += of_inputs[1]
-            grads[2][:, :, tokens] += of_inputs[2]
-        return *grads, None
+        query, key, value, *weights = ctx.saved_tensors
+        wide = weights[0].dtype
+        scale = query.shape[-1] ** -0.5
+        of_query = torch.empty(query.shape, dtype=wide, device=query.device)
+        of_key, of_value = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (key, value))
+        at = {id(x): x.flatten(0, 1) for x in (of_query, of_key, of_value)}  # views: gradients are written through them
+        for (queries, tokens, _), weight in zip(groups(ctx.windows), weights, strict=True):
+            of_out = _heads(grad, queries)
+            of_weight = torch.bmm(of_out, _heads(value, tokens).transpose(1, 2)).mul_(weight)
+            of_scores = of_weight.sub_(weight * of_weight.sum(dim=-1, keepdim=True)).mul_(scale)
+            at[id(of_query)][:, queries] = torch.bmm(of_scores, _heads(key, tokens))
+            at[id(of_key)][:, tokens].baddbmm_(of_scores.transpose(1, 2), _heads(query, queries))
+            at[id(of_value)][:, tokens].baddbmm_(weight.transpose(1, 2), of_out)
+        return of_query.to(query.dtype), of_key.to(key.dtype), of_value.to(value.dtype), None
+
+
+def _heads(x_BHND: Tensor, places: slice) -> Tensor:
+    """``(B * H, ., D)`` of some tokens or queries, at least float32; a view where it can be."""
+    near = x_BHND[:, :, places].flatten(0, 1)
+    return near if near.dtype == torch.float64 else near.float()
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, windows: Sequence[range]) -> Tensor:
-    mask = _mask(windows, key.shape[2], query.device)
+    mask = seen_by(windows, key.shape[2], query.device)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from llava_scale.compressors.base import Context, Instruction
-from llava_scale.compressors.swin_qformer import LegacySwinQFormer, SwinQFormer, sincos_position
+from llava_scale.compressors.positions import position_parts, sincos_position
+from llava_scale.compressors.swin_qformer import LegacySwinQFormer, SwinQFormer
 from llava_scale.errors import ShapeError
 from tests.compressors import golden
 
@@ -133,7 +134,7 @@ def test_tokens_that_are_never_projected_give_the_same(monkeypatch, dense):
     module, x = swin(), tokens().requires_grad_()
     results = []
     for threshold in (0, 10**6):
-        monkeypatch.setattr("llava_scale.compressors.swin_qformer.ABSORB_FROM", threshold)
+        monkeypatch.setattr("llava_scale.compressors.normed_tokens.ABSORB_FROM", threshold)
         out = module(x, (1, 4, 6), Context(instruction=question())).tokens
         results.append((out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()], allow_unused=True)))
     for absorbed, projected in zip(*results, strict=True):
@@ -147,10 +148,50 @@ def test_half_precision_stays_half():
     assert torch.isfinite(out).all()
 
 
-def test_it_compiles_into_one_graph_with_the_same_result():
-    module, x = swin(), tokens()
+@pytest.mark.parametrize("way", ["dense", "grouped", "absorbed"])
+def test_it_compiles_into_one_graph_with_the_same_result(monkeypatch, way):
+    if way != "dense":
+        monkeypatch.setattr("llava_scale.compressors.window_attention.DENSE_UP_TO", 0)
+    if way == "absorbed":
+        monkeypatch.setattr("llava_scale.compressors.normed_tokens.ABSORB_FROM", 0)
+    torch._dynamo.reset()
+    module, x = swin(num_layers=1), tokens().requires_grad_()
     compiled = torch.compile(lambda x: module(x, (1, 4, 6)).tokens, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), module(x, (1, 4, 6)).tokens)
+    out, expected = compiled(x), module(x, (1, 4, 6)).tokens
+    torch.testing.assert_close(out, expected)
+    grads = (torch.autograd.grad(answers.square().sum(), x)[0] for answers in (out, expected))
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("position", ["sincos", "none"])
+@pytest.mark.parametrize("grid", [(1, 3, 4), (2, 2, 3), (1, 1, 12)])
+def test_gradients_of_tokens_that_are_never_projected_are_right(monkeypatch, position, grid):
+    monkeypatch.setattr("llava_scale.compressors.normed_tokens.ABSORB_FROM", 0)
+    module = swin(num_layers=1, window=3, scope="clip", position=position)
+    x = tokens(12).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: module(x, grid, Context(instruction=question())).tokens, (x,), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sixteen_bits_that_are_never_projected_stay_near_the_exact_answer(monkeypatch, dtype):
+    monkeypatch.setattr("llava_scale.compressors.normed_tokens.ABSORB_FROM", 0)
+    module, x = swin(), tokens()
+    exact = module(x, (1, 4, 6)).tokens
+    near = module.to(dtype)(x.to(dtype), (1, 4, 6)).tokens
+    assert near.dtype == dtype
+    torch.testing.assert_close(near.double(), exact, atol=0.1 if dtype == torch.bfloat16 else 1e-4, rtol=0.02)
+
+
+def test_under_autocast_groups_and_whole_give_nearly_the_same(monkeypatch):
+    module, x = swin().float(), tokens().float()
+    exact = module(x, (1, 4, 6)).tokens
+    monkeypatch.setattr("llava_scale.compressors.window_attention.DENSE_UP_TO", 0)
+    for threshold in (0, 10**6):
+        monkeypatch.setattr("llava_scale.compressors.normed_tokens.ABSORB_FROM", threshold)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = module(x, (1, 4, 6)).tokens
+        torch.testing.assert_close(out.float(), exact, atol=0.1, rtol=0.05)
+        out.float().square().sum().backward()
 
 
 def test_positions_tell_all_places_apart():
@@ -158,6 +199,17 @@ def test_positions_tell_all_places_apart():
     assert position.shape == (24, 20)
     assert torch.cdist(position, position).add(torch.eye(24)).min() > 0.1
     assert sincos_position((1, 2, 2), 4, like=torch.zeros(1)).shape == (4, 4)
+
+
+@pytest.mark.parametrize("grid", [(2, 3, 4), (1, 5, 5), (1, 1, 24), (3, 1, 8)])
+def test_positions_are_the_product_of_their_parts(grid):
+    num_tokens = grid[0] * grid[1] * grid[2]
+    like = torch.zeros(1, dtype=torch.float64)
+    whole = sincos_position(grid, 20, like=like)
+    for start in range(num_tokens):
+        for stop in range(start + 1, num_tokens + 1):
+            has, adds = position_parts(grid, range(start, stop), 20, like=like)
+            torch.testing.assert_close(has @ adds, whole[start:stop])
 
 
 def test_tokens_that_do_not_lie_on_the_grid_are_refused():

@@ -211,8 +211,10 @@ def test_random_destinations_change_with_the_step_only_and_not_at_evaluation():
     assert torch.equal(fixed(x, (1, 8, 8), Context(step=1)).positions, positions[3])
 
 
+@pytest.mark.parametrize("matrix_units", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_merge_like_thirty_two(dtype):
+def test_sixteen_bits_merge_like_thirty_two(dtype, matrix_units, monkeypatch):
+    monkeypatch.setattr("llava_scale.compressors.token_merging._HAS_MATRIX_UNITS", matrix_units)
     torch.manual_seed(0)
     x = torch.randn(2, 144, 64) * 30 + 10 * torch.randn(64)
     x[0, 5] = 0  # a token of zeros must not poison the others
@@ -250,6 +252,17 @@ def test_one_compiled_graph_serves_every_step():
         out, expected = compiled(x, step), module(x, (1, 6, 6), Context(step=step))
         assert torch.equal(out.positions, expected.positions)
         torch.testing.assert_close(out.tokens, expected.tokens)
+
+
+@pytest.mark.parametrize("scope", ["frame", "clip", "window"])
+@pytest.mark.parametrize("window", [(1, 2, 2), (2, 2, 2), (1, 3, 2)])
+def test_sixteen_bits_find_the_same_destinations_in_every_scope(scope, window):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-3, 4, (3, 4 * 30, 16), generator=generator).double()  # exact in sixteen bits
+    module, context = merging(scope=scope, window=window), Context(step=5)
+    wide, half = module(x, (4, 5, 6), context), module(x.bfloat16(), (4, 5, 6), context)
+    assert (wide.group == half.group).float().mean() > 0.9  # equal scores may be ordered otherwise
+    assert half.tokens.shape == wide.tokens.shape
 
 
 def test_keys_of_the_tower_can_decide_what_is_alike():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from llava_scale.compressors.window_attention import (
     DENSE_UP_TO,
-    _groups,
+    groups,
     legacy_windows,
     query_windows,
     window_attention,
@@ -82,8 +82,8 @@ def test_groups_and_mask_give_what_each_query_alone_would(m, n, w, seed):
 
 def test_groups_span_at_most_two_windows_and_cover_all_queries():
     windows = query_windows(num_tokens=9216, num_queries=64, width=512)
-    groups = _groups(windows)
+    found = groups(windows)
     assert DENSE_UP_TO * 512 < 9216, "this size would not be grouped"
-    assert [query for queries, _, _ in groups for query in range(64)[queries]] == list(range(64))
-    assert all(tokens.stop - tokens.start <= 1024 for _, tokens, _ in groups)
-    assert len(groups) < 20
+    assert [query for queries, _, _ in found for query in range(64)[queries]] == list(range(64))
+    assert all(tokens.stop - tokens.start <= 1024 for _, tokens, _ in found)
+    assert len(found) < 20
