@@ -31,6 +31,38 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Type of the weights; auto keeps the one they were saved in.")]
 
 
+def name_of(checkpoint: Path) -> str:
+    """What a model is called: its folder, or that of its run."""
+    folder = checkpoint.resolve()
+    return folder.parent.name if folder.name == "final" else folder.name
+
+
+def check_server(package: str, extra: str, *, host: str, port: int) -> None:
+    """Find out before a model is loaded whether it could be served.
+
+    Raises:
+        MissingExtraError: ``package`` of ``extra`` is not installed.
+        ConfigError: nothing can listen at this address.
+    """
+    import socket
+    from importlib.util import find_spec
+
+    from llava_scale.errors import ConfigError, MissingExtraError
+
+    if find_spec(package) is None:
+        raise MissingExtraError(package, extra)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        with socket.socket(family, kind, protocol) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen at {host}:{port}: {error.strerror}; choose another --host or --port"
+        ) from None
+
+
 def load_engine(checkpoint: Path, device: str, dtype: Dtype) -> Engine:
     """Load a checkpoint, without bars of other libraries."""
     from transformers.utils.logging import disable_progress_bar

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llava_scale.cli.common import Checkpoint, Device, Dtype, DtypeOption, load_engine
+from llava_scale.cli.common import Checkpoint, Device, Dtype, DtypeOption, check_server, load_engine, name_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,9 +30,8 @@ def demo(
     from llava_scale.serving.chat import AnswerSettings
     from llava_scale.serving.demo import build_page, launch
 
-    engine = load_engine(checkpoint, device, dtype)
-    name = checkpoint.resolve()
-    title = name.parent.name if name.name == "final" else name.name
+    check_server("gradio", "demo", host=host, port=port)
+    engine, title = load_engine(checkpoint, device, dtype), name_of(checkpoint)
     page = build_page(engine, AnswerSettings(max_new_tokens=max_new_tokens), draw_map, title=title)
     typer.echo(f"{title} at http://{host}:{port} (Ctrl-C ends it)")
     launch(page, host=host, port=port, max_file_mb=max_file_mb)

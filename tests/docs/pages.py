@@ -31,7 +31,7 @@ SHORTENED = (
         r"(train configs/quickstart\.yaml .*?)( train\.steps=\d+|$)",
         r"\1 train.steps=4 train.eval_every=0 train.save_every=0",
     ),
-    (r"(train (?:recipe|RECIPE|toy)\.yaml.*)", r"\1 train.steps=2 train.save_every=0"),
+    (r"(train (?:recipe|INSTRUCT|toy)\.yaml.*)", r"\1 train.steps=2 train.save_every=0"),
     (r"(data toy .*?)( --num-samples \d+|$)", r"\1 --num-samples 60"),
     (r"--nproc-per-node 8", "--nproc-per-node 2"),
 )

@@ -61,13 +61,14 @@ def of_data(folder: Path, run: Run) -> None:
 
 
 def of_compression(folder: Path, run: Run) -> None:
-    """A run whose checkpoint merges, a picture, a clip, a recipe that has no model yet, three runs."""
+    """A run whose checkpoint merges, a picture, a clip, recipes with and without a model, three runs."""
     of_first_run(folder, run)
     save_model(folder / "RUN/final", MERGING)
     Image.linear_gradient("L").resize((60, 40)).save(folder / "picture.jpg")
     write_toy(folder / "clips", num_samples=10, seed=0, modalities=("video",))
     shutil.copy(next((folder / "clips").rglob("*.mp4")), folder / "clip.mp4")
-    write_recipe(folder / "RECIPE.yaml", "data/train", model="{}")
+    write_recipe(folder / "RECIPE.yaml", "data/train")
+    write_recipe(folder / "INSTRUCT.yaml", "data/train", model="{}")
     recipe = "'data.sources=[{path: data/train}]' train.steps=2 train.log_every=1 train.save_every=0 train.eval_every=0"
     for name in "ABC":
         run(f"llava-scale train configs/quickstart.yaml {recipe} train.output_dir=RUN_{name}")
@@ -128,7 +129,9 @@ STAND_INS: dict[str, Callable[[Path, Run], None]] = {
 
 
 def before(command: str, folder: Path) -> None:
-    """Exchange what a page speaks of in general for what one command of it needs."""
+    """Exchange what a page speaks of in general for what one command of it needs; each command begins a new run."""
+    if "train recipe.yaml" in command:
+        shutil.rmtree(folder / "runs/recipe", ignore_errors=True)
     if "show windows" in command or "show attention" in command:
         shutil.rmtree(folder / "RUN/final")
         save_model(folder / "RUN/final", QUERIES)
