@@ -42,12 +42,12 @@ SETTINGS = ROOT / "configs" / "study"
 
 
 def runs_of(study: str, only: list[str]) -> dict[str, list[str]]:
-    """Settings of the study's runs by name."""
+    """Settings of the study's runs by name, in the order asked for."""
     runs: dict[str, list[str]] = yaml.safe_load((SETTINGS / f"{study}_runs.yaml").read_text())
     unknown = set(only) - set(runs)
     if unknown:
         raise SystemExit(f"{study}_runs.yaml has no runs called {', '.join(sorted(unknown))}")
-    return {name: settings for name, settings in runs.items() if not only or name in only}
+    return {name: runs[name] for name in only or runs}
 
 
 def with_ramp(config: Config, share: float) -> Config:
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--real", type=Path, default=Path("runs/real"), help="folder of the Tux Paint example")
     parser.add_argument("--results", type=Path, default=Path("docs/results"), help="folder of tables and figures")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--only", nargs="+", default=[], help="names of runs")
+    parser.add_argument("--only", nargs="+", default=[], help="names of runs, in this order")
     parser.add_argument("--steps", type=int, default=0, help="steps of each run; 0 as the recipe says")
     parser.add_argument("--parts-steps", type=int, default=0, help="steps for tower and language model; 0 as above")
     parser.add_argument("--samples", type=int, default=20_000, help="synthetic training samples")
