@@ -163,8 +163,8 @@ def parse_request(body: bytes) -> ChatRequest:
     try:
         request = ChatRequest.model_validate(fields)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
+        first = max(error.errors(include_url=False, include_input=False), key=lambda found: len(found["loc"]))
+        where = _place(first["loc"])
         raise ApiError(400, f"{where}: {first['msg']}", param=where) from None
     for name, value in (request.model_extra or {}).items():
         if name in IGNORED or value is None or value in NEUTRAL.get(name, ()):
@@ -172,6 +172,12 @@ def parse_request(body: bytes) -> ChatRequest:
         what = f"this value of {name!r} is not supported" if name in NEUTRAL else f"unknown parameter {name!r}"
         raise ApiError(400, what, param=name, code="unsupported_parameter")
     return request
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """Place of an error without what pydantic adds to it: which of several types it tried."""
+    parts = [str(part) for part in loc if part != "str" and "[" not in str(part)]
+    return ".".join(part for number, part in enumerate(parts) if part != (parts[number - 1] if number else ""))
 
 
 @dataclass(slots=True)
@@ -222,11 +228,18 @@ def read_messages(messages: list[Message], *, max_media: int) -> Conversation:
             conversation.media.append((kind, source))
             if kind not in placed:
                 text = _next_line(text, "") + PLACEHOLDERS[kind]
-        conversation.turns.append(Turn(_ROLES[message.role], text))
+        _add_turn(conversation.turns, Turn(_ROLES[message.role], text))
     if len(conversation.media) > max_media:
         raise ApiError(400, f"the conversation holds {len(conversation.media)} media, at most {max_media} are taken",
                        param="messages")  # fmt: skip
     return conversation
+
+
+def _add_turn(turns: list[Turn], turn: Turn) -> None:
+    """Add ``turn``; several messages of the user, or of the system, one after the other are one on several lines."""
+    if turns and turn.role == turns[-1].role != "assistant":
+        turn = Turn(turn.role, f"{turns.pop().text}\n{turn.text}")
+    turns.append(turn)
 
 
 def _next_line(text: str, following: str) -> str:
@@ -261,7 +274,7 @@ def _located(url: str, types: tuple[str, ...], where: str) -> bytes | str:
 
 def _decoded(data: str, where: str) -> bytes:
     try:
-        content = base64.b64decode(data, validate=True)
+        content = base64.b64decode(data.replace("\n", "").replace("\r", ""), validate=True)
     except (binascii.Error, ValueError) as error:
         raise ApiError(400, f"{where}: malformed base64: {error}", param=where, code="invalid_base64") from None
     if not content:

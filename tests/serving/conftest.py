@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import io
+import random
 
 import pytest
 import torch
 from PIL import Image
 
 from llava_scale.config import ModelConfig
+from llava_scale.data.toy.clips import SECONDS, render_clip
+from llava_scale.data.toy.encoding import encode_sound, encode_video
+from llava_scale.data.toy.sight_and_sound import draw_scene
+from llava_scale.data.toy.sounds import render_sound
 from llava_scale.model import build_model
 from llava_scale.serving.engine import Engine
 
@@ -37,3 +42,16 @@ def _png(color: str, size: tuple[int, int] = (40, 30)) -> bytes:
 def png():
     """Bytes of a picture of one colour."""
     return _png
+
+
+def _sight_and_sound(seed: int) -> tuple[bytes, bytes]:
+    rng = random.Random(seed)
+    scene = draw_scene(rng, "train")
+    wave = render_sound(scene.notes, rng, 22_050, SECONDS)
+    return encode_video(render_clip(scene.actors, rng), wave, 22_050), encode_sound(wave, "wav", 22_050)
+
+
+@pytest.fixture(scope="session")
+def sight_and_sound():
+    """An mp4 with a sound track, and the same sound as a wav file, by a seed."""
+    return _sight_and_sound

@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
-import random
 import re
 import socket
 from itertools import pairwise
@@ -15,7 +14,6 @@ from PIL import Image
 
 from llava_scale.cli.demo import draw_map
 from llava_scale.config import load_config
-from llava_scale.data.toy.sight_and_sound import make_sight_and_sound
 from llava_scale.errors import ConfigError
 from llava_scale.model import build_model
 from llava_scale.serving.chat import AnswerSettings
@@ -50,12 +48,11 @@ def picture(png, tmp_path):
 
 
 @pytest.fixture
-def clip(tmp_path):
+def clip(sight_and_sound, tmp_path):
     """Files of a video and of a sound."""
-    files = []
-    for kind, extension, data in make_sight_and_sound(random.Random(1), "train", 1).media:
-        files.append(tmp_path / f"{kind}.{extension}")
-        files[-1].write_bytes(data)
+    files = [tmp_path / "video.mp4", tmp_path / "audio.wav"]
+    for file, data in zip(files, sight_and_sound(1), strict=True):
+        file.write_bytes(data)
     return [str(file) for file in files]
 
 

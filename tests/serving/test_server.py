@@ -283,6 +283,8 @@ def test_tricks_with_the_path_find_nothing(url, path):
         ({"messages": [user({"type": "video_url", "video_url": {"url": "data:video/mp4;base64,aGVsbG8="}})]}, 400, ""),
         ({"messages": [user({"type": "input_audio", "input_audio": {"data": "aGVsbG8=", "format": "wav"}})]}, 400, ""),
         ({"messages": [{"role": "system", "content": [picture(b"x")]}]}, 400, "only messages of the user hold media"),
+        ({"messages": [user({"type": "image_url", "image_url": "data:x"})]}, 400, "content.0.image_url: Input"),
+        ({"messages": [{"role": "user", "content": 3}]}, 400, "messages.0.content: "),
     ],
 )  # fmt: skip
 def test_requests_that_cannot_be_used_are_told_why(url, body, status, message):
@@ -293,6 +295,21 @@ def test_requests_that_cannot_be_used_are_told_why(url, body, status, message):
         urllib.request.urlopen(request, timeout=60)
     assert caught.value.code == status
     assert message in json.load(caught.value)["error"]["message"]
+
+
+def test_messages_one_after_the_other_are_one_on_several_lines(client, png):
+    apart = [{"role": "system", "content": "Be kind."}, {"role": "developer", "content": "Be short."},
+             user(picture(png("red"))), user(text("what is it?"))]  # fmt: skip
+    joined = [{"role": "system", "content": "Be kind.\nBe short."}, user(picture(png("red")), text("what is it?"))]
+    one, other = ask(client, *apart), ask(client, *joined)
+    assert (said(one), one.usage) == (said(other), other.usage)
+
+
+def test_base64_on_several_lines_is_read(client, png):
+    wrapped = base64.encodebytes(png("red")).decode()
+    assert wrapped.count("\n") > 1
+    part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{wrapped}"}}
+    assert said(ask(client, user(part, text("what?")))) == said(ask(client, user(picture(png("red")), text("what?"))))
 
 
 def test_other_methods_and_content_types_are_refused(url):

@@ -12,7 +12,6 @@ import torch
 
 from llava_scale.config import load_config
 from llava_scale.data.toy.encoding import SOUND_FILES, encode_sound
-from llava_scale.data.toy.sight_and_sound import make_sight_and_sound
 from llava_scale.data.toy.sounds import draw_sound, make_sound, render_sound
 from llava_scale.model import build_model
 from llava_scale.serving.engine import Engine, GenerationRequest
@@ -53,9 +52,9 @@ def engine():
 
 
 @pytest.fixture(scope="module")
-def clip():
+def clip(sight_and_sound):
     """A video with its sound as a track, and the sound as a file of its own."""
-    return tuple(data for _, _, data in make_sight_and_sound(random.Random(1), "train", 1).media)
+    return sight_and_sound(1)
 
 
 @pytest.fixture(scope="module")
@@ -148,10 +147,10 @@ def test_a_conversation_goes_from_video_to_sound_to_picture(client, engine, clip
     assert said(ask(client, picture, "and this?", history=history)) == expected(engine, turns, **media)
 
 
-def test_requests_of_all_kinds_at_once_get_their_own_answers(client, engine, png):
+def test_requests_of_all_kinds_at_once_get_their_own_answers(client, engine, sight_and_sound):
     cases = []
     for seed in range(4):
-        seen, heard = (data for _, _, data in make_sight_and_sound(random.Random(seed), "train", 1).media)
+        seen, heard = sight_and_sound(seed)
         other = make_sound(random.Random(seed), "train", 1).media[0][2]
         cases += [
             ((video(seen), f"{seed}: what?"), {"video": [seen]}, f"<video>\n{seed}: what?"),
