@@ -14,7 +14,7 @@ from llava_scale.config import load_config
 from llava_scale.data.toy.samples import write_toy
 from llava_scale.model import build_model
 from tests.docs.pages import ROOT
-from tests.model.foreign import save_original_llava, save_transformers_llava
+from tests.model.foreign import gpt_like_tokenizer, save_original_llava, save_transformers_llava
 from tests.model.parts import save_decoder, save_tower
 
 Run = Callable[[str], str]
@@ -89,7 +89,12 @@ def of_interop(folder: Path, run: Run) -> None:
     save_decoder(folder / "lmsys/vicuna-7b-v1.5")
     save_tower(folder / "openai/clip-vit-large-patch14-336")
     torch.save({name: value for name, value in state.items() if "mm_projector" in name}, folder / "mm_projector.bin")
-    run("llava-scale import path/to/llava-1.5-7b-hf runs/instruct/final")
+    gpt_like_tokenizer().save_pretrained(folder / "lmsys/vicuna-7b-v1.5")  # GGUF is for byte pairs only
+    parts = ("language_model", "lmsys/vicuna-7b-v1.5"), ("vision_tower", "openai/clip-vit-large-patch14-336")
+    fields = [f"model.{name}={folder / part}" for name, part in parts]
+    model, processor = build_model(load_config(None, fields).model, chat_template="native", seed=0)
+    model.save_pretrained(folder / "runs/instruct/final")
+    processor.save_pretrained(folder / "runs/instruct/final")
 
 
 def of_scale(folder: Path, run: Run) -> None:

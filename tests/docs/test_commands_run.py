@@ -83,6 +83,7 @@ def started(shell, line, address):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=lambda page: page.stem)
 def test_the_commands_of_a_page_run_one_after_the_other(page, shell):
     if page.name == "serve.md":

@@ -170,6 +170,7 @@ metric_list:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_lmms_eval_prints_the_score_that_our_eval_finds(tmp_path):
     python = lmms_python()
     if not python:
