@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from llava_scale.config import Config
 
 RECIPE = Path(__file__).with_name("quickstart.yaml")
-_NUM_SHOWN = 6
+MODALITIES = ("image", "text", "video", "audio", "video_audio")
+_NUM_SHOWN = 2  # questions of each modality
 
 
 def register(app: typer.Typer) -> None:
@@ -31,10 +33,13 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="Run folder; what is there already is used again.")] = Path(
         "runs/quickstart"
     ),
-    num_samples: Annotated[int, typer.Option(min=1, help="Training samples.")] = 20_000,
-    num_test: Annotated[int, typer.Option(min=1, help="Test samples.")] = 500,
+    num_samples: Annotated[int, typer.Option(min=1, help="Training samples.")] = 36_000,
+    num_test: Annotated[int, typer.Option(min=1, help="Test samples.")] = 1_500,
 ) -> None:
-    """Make synthetic data, pack it, train, evaluate on held-out pictures, answer questions and write a report."""
+    """Make synthetic data, pack it, train, evaluate on held-out data, answer questions and write a report.
+
+    Pictures, videos, sounds, videos with sound, and text alone.
+    """
     from llava_scale.config import load_config
 
     train_shards, test_shards = out / "shards" / "train", out / "shards" / "test"
@@ -49,11 +54,13 @@ def quickstart(
     )
     stages = _Stages(out)
     toy = {"num_samples": num_samples, "num_test": num_test, "seed": config.seed}
-    stages.run("data", "make synthetic pictures and questions", toy, lambda: _make_data(out / "toy", toy))
+    stages.run(
+        "data", "make synthetic pictures, videos, sounds and questions", toy, lambda: _make_data(out / "toy", toy)
+    )
     stages.run("pack", "pack them into shards", toy, lambda: _pack(out / "toy", train_shards, test_shards))
     settings = {**toy, "config": _matters(config)}
     stages.run("train", "train the tiny model", settings, lambda: _train(config))
-    stages.run("eval", "ask questions about held-out pictures", settings, lambda: _evaluate(config, test_shards))
+    stages.run("eval", "ask held-out questions", settings, lambda: _evaluate(config, test_shards))
     stages.run("answers", "answer a few questions", settings, lambda: _answer(config, out))
     _finish(config, out, stages)
 
@@ -105,9 +112,7 @@ def _matters(config: Config) -> dict[str, Any]:
 def _make_data(folder: Path, settings: dict[str, int]) -> None:
     from llava_scale.data.toy.samples import write_toy
 
-    result = write_toy(
-        folder, num_samples=settings["num_samples"], num_test=settings["num_test"], seed=settings["seed"]
-    )
+    result = write_toy(folder, **settings, modalities=MODALITIES, workers=os.cpu_count() or 1)
     typer.echo(f"{result.num_train:,} training and {result.num_test:,} test conversations in {folder}")
 
 
@@ -142,40 +147,56 @@ def _evaluate(config: Config, shards: Path) -> None:
     from llava_scale.cli.eval import evaluate
 
     folder = Path(config.train.output_dir)
-    evaluate(folder / "final", data=str(shards), out=folder / "eval", batch_size=64, device="cpu")
+    evaluate(folder / "final", data=str(shards), out=folder / "eval", batch_size=64, shuffle_frames=True, device="cpu")
 
 
 def _answer(config: Config, out: Path) -> None:
-    """Ask about a few test pictures as a user would, and keep what was said."""
+    """Ask about a few test samples as a user would, and keep what was said."""
     from llava_scale.serving.engine import GenerationRequest, load_engine
-    from llava_scale.types import Turn
+    from llava_scale.types import MEDIA_KINDS, Turn
 
     asked = _some_questions(json.loads((out / "toy" / "test.json").read_text(encoding="utf-8")))
+    files = [
+        {kind: tuple(str(out / "toy" / name) for name in record.get(kind, ())) for kind in MEDIA_KINDS}
+        for record in asked
+    ]
     requests = [
         GenerationRequest(
             turns=(Turn("user", record["conversations"][0]["value"]),),
-            media={"image": tuple(str(out / "toy" / name) for name in record.get("image", []))},
+            media=media,
+            video_audio=bool(record.get("video_audio")),
         )
-        for record in asked
+        for record, media in zip(asked, files, strict=True)
     ]
     engine = load_engine(Path(config.train.output_dir) / "final", device="cpu")
     lines = []
-    for record, answer in zip(asked, engine.generate(requests, max_new_tokens=48), strict=True):
+    for record, media, answer in zip(asked, files, engine.generate(requests, max_new_tokens=48), strict=True):
         question, gold = (turn["value"] for turn in record["conversations"][:2])
-        shown = " ".join(question.replace("<image>", "").split())
-        pictures = [str(out / "toy" / name) for name in record.get("image", [])]
-        lines.append({"pictures": pictures, "question": shown, "answer": answer, "right_answer": gold})
-        typer.echo(f"{', '.join(pictures) or '(no picture)'}\n  {shown}  ->  {answer}   (right: {gold})")
+        shown = question.rpartition(">\n")[2]
+        names = [name for kind in MEDIA_KINDS for name in media[kind]]
+        lines.append({"media": names, "question": shown, "answer": answer, "right_answer": gold})
+        typer.echo(f"{', '.join(names) or '(text alone)'}\n  {shown}  ->  {answer}   (right: {gold})")
     (out / "answers.json").write_text(json.dumps(lines, indent=1), encoding="utf-8")
 
 
 def _some_questions(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first single question of each skill."""
-    first: dict[str, dict[str, Any]] = {}
+    """The first single questions about each combination of media, of different skills."""
+    chosen: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for record in records:
-        if len(record["conversations"]) == 2:
-            first.setdefault(record["task"], record)
-    return list(first.values())[:_NUM_SHOWN]
+        media = tuple(kind for kind in MODALITIES if record.get(kind))
+        known = chosen.setdefault(media, {})
+        if len(record["conversations"]) == 2 and len(known) < _NUM_SHOWN:
+            known.setdefault(record["task"], record)
+    return [record for known in chosen.values() for record in known.values()]
+
+
+def _of_order(shares: dict[str, Any]) -> float:
+    """Share of right answers to the questions about videos that need the order of frames."""
+    from llava_scale.data.toy.clips import ORDER_TASKS
+
+    of_order = [shares[task] for task in ORDER_TASKS if task in shares]
+    total = sum(share["total"] for share in of_order)
+    return sum(share["correct"] for share in of_order) / total if total else 0.0
 
 
 def _finish(config: Config, out: Path, stages: _Stages) -> None:
@@ -189,6 +210,8 @@ def _finish(config: Config, out: Path, stages: _Stages) -> None:
     result = json.loads((run / "eval" / "eval.json").read_text(encoding="utf-8"))
     shares = ("exact_match", "blind", "blind_model")
     summary = {name: {group: share["value"] for group, share in result[name].items()} for name in shares}
+    names = {"right": "by_task", "frames_shuffled": "shuffled_frames_by_task"}
+    summary["video_order"] = {name: _of_order(result[field]) for name, field in names.items()}
     seconds = {**stages.seconds, "total": round(sum(stages.seconds.values()), 2)}
     written = json.dumps({**summary, "loss": result["loss"], "seconds": seconds}, indent=1)
     for folder in (out, run):
@@ -201,7 +224,12 @@ def _finish(config: Config, out: Path, stages: _Stages) -> None:
         table.add_row(group, f"{value:.1%}", *("" if value is None else f"{value:.1%}" for value in blinds))
     console = Console()
     console.print(table)
-    typer.echo("blind: the most frequent answer to such a question; blind model: this model with plain pictures")
+    typer.echo(
+        "blind: the most frequent answer to such a question; blind model: this model with plain pictures and silence\n"
+        "questions about the order of events in videos: {right:.1%}, with frames shuffled {frames_shuffled:.1%}".format(
+            **summary["video_order"]
+        )
+    )
     typer.echo(", ".join(f"{name} {value:,.0f} s" for name, value in seconds.items()))
     typer.echo(f"report   {page}\nsummary  {out / 'summary.json'}")
     typer.echo(f"next     llava-scale chat {run / 'final'} --image PICTURE 'QUESTION'")

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from llava_scale.cli import build_app
-from llava_scale.cli.quickstart import RECIPE, _Stages
+from llava_scale.cli.quickstart import MODALITIES, RECIPE, _Stages
 from llava_scale.config import load_config
 
 if TYPE_CHECKING:
@@ -77,11 +77,15 @@ def test_the_quickstart_ends_with_a_summary_and_running_it_again_reuses_every_st
     assert first.count("(done before)") == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     for scores in ("exact_match", "blind", "blind_model"):
-        assert 0 <= summary[scores]["image"] <= 1
+        assert set(MODALITIES) - {"text"} <= set(summary[scores])
+        assert all(0 <= value <= 1 for value in summary[scores].values())
+    assert set(summary["video_order"]) == {"right", "frames_shuffled"}
     assert summary["loss"] > 0
     assert set(summary["seconds"]) >= {"data", "pack", "train", "eval", "total"}
     assert (tmp_path / "report.html").stat().st_size > 1000
-    assert json.loads((tmp_path / "answers.json").read_text())
+    asked = json.loads((tmp_path / "answers.json").read_text())
+    assert {len(line["media"]) for line in asked} >= {0, 1, 2}
+    assert all(line["question"] and "<" not in line["question"] for line in asked)
 
     again = _run("quickstart", "--out", str(tmp_path), *SMALL)
     assert again.count("(done before)") == 5
