@@ -375,9 +375,7 @@ class LlavaScaleProcessor(ProcessorMixin):
             for _ in range(ids.count(self.chat_encoder.placeholder_ids[kind]))
         ]
 
-    def _expand(
-        self, ids: Sequence[int], tokens: Mapping[MediaKind, Iterator[MediaTokens]] | None = None
-    ) -> list[int]:
+    def _expand(self, ids: Sequence[int], tokens: Mapping[MediaKind, Iterator[MediaTokens]] | None = None) -> list[int]:
         """Put the tokens of media, taken from ``tokens``, into the places of their placeholders; pictures need none."""
         kind_of = {token_id: kind for kind, token_id in self.chat_encoder.placeholder_ids.items()}
         picture = self.token_counter.visual(1, step=None)
