@@ -76,6 +76,11 @@ class DataConfig:
     """Unusable samples in a row that stop the run."""
     max_image_pixels: Count = 100_000_000
     """Pictures with more pixels are refused before they are decoded."""
+    max_media_seconds: Annotated[float, Field(gt=0.0)] = 7_200.0
+    """Longer videos and sounds are refused; a clip of one may still be used."""
+    partial: Literal["forbid", "allow"] = "forbid"
+    """Videos and sounds that are damaged or cut off: a bad sample, or what can be decoded of them (the nearest readable
+    frame, silence)."""
     cache_dir: str = ""
     """Folder for indexes, token lengths and remote shards; ``~/.cache/llava_scale`` if empty."""
     cache_size_gb: Annotated[float, Field(ge=0.0)] = 0.0

@@ -10,7 +10,7 @@ HEAVY = ("torch", "transformers", "numpy", "av", "PIL")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from llava_scale.cli import main; main()", *arguments]
+    command = [sys.executable, "-m", "llava_scale", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 

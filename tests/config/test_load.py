@@ -79,3 +79,15 @@ def test_a_file_that_is_no_config_is_refused(tmp_path, text, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot read config .*nothing\.yaml"):
         load_config(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize("text", ["20:23", "1:02:03"])
+def test_numbers_with_colons_are_text(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"name: {text}\nmodel: {{preset: tiny}}\n")
+    assert load_config(file).name == text
+    assert load_config(None, ["model.preset=tiny", f"name={text}"]).name == text
+
+
+def test_steps_to_profile_are_given_as_they_are_documented() -> None:
+    assert load_config(None, ["model.preset=tiny", "train.profile=20:23"]).train.profile == "20:23"
