@@ -64,7 +64,7 @@ class TinySizes:
         audio_layers: Layers of the audio tower.
         audio_heads: Attention heads of the audio tower.
         audio_bins: Mel bins that it hears.
-        audio_window_s: Seconds of its window.
+        audio_window_s: Seconds of its window: those of a synthetic sound.
     """
 
     image_size: int = 48
@@ -82,7 +82,7 @@ class TinySizes:
     audio_layers: int = 2
     audio_heads: int = 4
     audio_bins: int = 64
-    audio_window_s: int = 3
+    audio_window_s: int = 2
 
 
 TINY_AUDIO_POOL = 8
