@@ -22,6 +22,7 @@ SHOWN_CURVES = (
     "original_r50",
     "original_r50_no_ramp",
     "qformer",
+    "qformer_r50",
 )
 """The original's runs, as its figures have them."""
 
@@ -50,6 +51,20 @@ class Run:
         shown = f"{mean(values):.3f}"
         return shown if len(values) == 1 else f"{shown} ({min(values):.3f} to {max(values):.3f})"
 
+    @property
+    def losses(self) -> dict[str, float]:
+        """Held-out loss by the name of its seed's folder."""
+        return {folder.parent.name: result["loss"] for folder, result in zip(self.folders, self.results, strict=True)}
+
+    def against(self, base: Run) -> str:
+        """Mean difference of the loss to ``base`` over the seeds that both have, ``(lowest to highest)``."""
+        of_base = base.losses
+        found = [loss - of_base[seed] for seed, loss in self.losses.items() if seed in of_base]
+        if not found:
+            return ""
+        shown = f"{mean(found):+.3f}"
+        return shown if len(found) == 1 or self is base else f"{shown} ({min(found):+.3f} to {max(found):+.3f})"
+
     def share(self, tasks: list[str]) -> tuple[int, int]:
         """Right answers and questions of some tasks, over all seeds."""
         counts = [result["tasks"][task] for result in self.results for task in tasks]
@@ -76,7 +91,7 @@ def table_of(runs: list[Run]) -> str:
     header = ["run", "tokens", "held-out loss", "against base", *scores, "seeds"]
     lines = []
     for run in runs:
-        against = f"{run.mean('loss') - base.mean('loss'):+.3f}" if base else ""
+        against = run.against(base) if base else ""
         shown = _scores(run) if asked else [f"{run.mean(key):.1%}" for key in ("top1", "top5")] if ranked else []
         lines.append(
             [run.name, f"{run.mean('tokens'):.0f}", run.spread("loss"), against, *shown, f"{len(run.results)}"]

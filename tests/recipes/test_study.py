@@ -98,6 +98,52 @@ def test_the_remembering_tower_gives_the_towers_features_and_computes_them_once(
     assert torch.equal(RememberingTower(memory=str(tmp_path), image_size=64)(pictures), wanted.half().float())
 
 
+def test_captions_have_no_roles_but_examples_before_the_picture():
+    from study_compression import CAPTIONS
+
+    from llava_scale.data.chat import ChatEncoder
+    from llava_scale.types import Turn
+    from tests.data.test_chat import make_tokenizer
+
+    encoder = ChatEncoder(make_tokenizer(CAPTIONS), "native")
+    turns = [Turn("system", "A dog.\nA cat."), Turn("user", "<image>"), Turn("assistant", "A frog.")]
+    encoded = encoder.encode(turns)
+    assert encoder.render_prompt(turns[:2]) == "A dog.\nA cat.\n<image>"
+    texts = encoder.token_texts(encoded.input_ids)
+    learned = [text for text, counts in zip(texts, encoded.supervised, strict=True) if counts]
+    assert "".join(learned) == "A frog.\n"
+
+
+def test_the_language_model_of_the_captions_is_a_copy_with_their_template(tmp_path):
+    from study_compression import CAPTIONS, with_template
+
+    source = tmp_path / "model"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    (source / "chat_template.jinja").write_text("roles")
+    made = with_template(source, tmp_path / "study" / "model")
+    assert (made / "config.json").read_text() == "{}"
+    assert (made / "chat_template.jinja").read_text() == CAPTIONS
+    assert (source / "chat_template.jinja").read_text() == "roles"
+    (made / "config.json").write_text("kept")
+    assert (with_template(source, made) / "config.json").read_text() == "kept"
+
+
+def test_losses_are_compared_seed_by_seed(tmp_path):
+    from study_table import read_study, table_of
+
+    losses = {"seed0": {"base": 3.0, "merge_r50": 3.25, "pool": 3.5}, "seed1": {"base": 2.0, "merge_r50": 2.125}}
+    for seed, runs_ in losses.items():
+        for name, loss in runs_.items():
+            folder = tmp_path / seed / name
+            folder.mkdir(parents=True)
+            (folder / "result.json").write_text(json.dumps({"loss": loss, "tokens": 25}))
+    lines = {line.split(" | ")[0].strip("| "): line for line in table_of(read_study(tmp_path)).splitlines()}
+    assert "| +0.188 (+0.125 to +0.250) | 2 |" in lines["merge_r50"]
+    assert "| +0.500 | 1 |" in lines["pool"]  # not against the other seed's lower loss
+    assert "| +0.000 | 2 |" in lines["base"]
+
+
 @pytest.mark.slow
 def test_the_study_keeps_finished_runs_and_writes_its_tables(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
