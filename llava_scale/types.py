@@ -25,6 +25,9 @@ PLACEHOLDERS: dict[MediaKind, str] = {"image": "<image>", "video": "<video>", "a
 IGNORE_INDEX = -100
 """Label of a token that is not supervised, as in transformers."""
 
+Clip = tuple[float, "float | None"]
+"""First and last second that are used of a video or sound; None is its end."""
+
 Grid = tuple[int, int, int]
 """Tokens of one medium before compression: frames, rows, columns. Sound is ``(1, 1, n)``."""
 
@@ -46,6 +49,8 @@ class MediaInfo:
         height: Pixels; 0 for sound or where unknown.
         num_frames: Frames of a video as stored, 1 for an image, 0 where unknown.
         duration_s: Seconds of a video or sound; 0.0 for an image or where unknown.
+        clip: Seconds of the file that are used, where that is not all of it; frames and duration are those of the clip.
+            Not kept in indexes: the record tells it.
     """
 
     kind: MediaKind
@@ -53,6 +58,7 @@ class MediaInfo:
     height: int = 0
     num_frames: int = 0
     duration_s: float = 0.0
+    clip: Clip | None = None
 
 
 class TokenPart(NamedTuple):
@@ -118,6 +124,21 @@ class Media:
     kind: MediaKind
     data: Tensor
     times_s: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedMedium:
+    """An encoded medium with what its sample says of it.
+
+    Attributes:
+        data: The whole file; of a video stored as pictures all of them (``data.records.join_frames``).
+        times_s: When each stored picture is shown, empty where that is not known; None for a file.
+        clip: Seconds of the file that are used; None for all.
+    """
+
+    data: bytes
+    times_s: tuple[float, ...] | None = None
+    clip: Clip | None = None
 
 
 @dataclass(frozen=True, slots=True)

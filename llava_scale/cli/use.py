@@ -69,8 +69,8 @@ def run(
     """Answer a file of questions; a run that was cut off goes on where it was.
 
     A line of IN: {"id": ..., "image": "a.jpg" or ["a.jpg", "b.jpg"], "question": "..."}, with "video" and
-    "audio" likewise and "video_audio": true to hear videos too, or "conversations" as in LLaVA's JSON, ending with a
-    human turn. OUT repeats it with "answer" or "error".
+    "audio" likewise, "video_audio": true to hear videos too and "video_clips": [[start, end]] for some seconds of them,
+    or "conversations" as in LLaVA's JSON, ending with a human turn. OUT repeats it with "answer" or "error".
     """
     from llava_scale.errors import ConfigError
     from llava_scale.serving.batch import answer_file

@@ -120,7 +120,7 @@ class AudioTransform:
         if self.partial == "forbid" and lost_s > TOLERANCE_S:
             raise SampleError(
                 f"damaged sound: {lost_s:.2f} s of {track.expected_s or mixer.end_s:.2f} s cannot be decoded "
-                "(partial: allow would use the rest)"
+                "(data.partial: allow would use the rest)"
             )
         return AudioWave(_fitted(torch.from_numpy(wave), num_samples).clamp_(-1, 1), lost_s)
 
@@ -198,16 +198,18 @@ class _Mixer:
         import av
 
         self._track, self._how, self._start_s = track, how, start_s
-        self._resampler: Any = av.AudioResampler(format="flt", layout="mono", rate=how.sample_rate)
+        self._resampler: Any = av.AudioResampler(format="fltp", layout="mono", rate=how.sample_rate)
         self.lost_s = 0.0
         # Output begins at a sample that the input has too, so that a clip's samples are those of the whole sound.
         self._grid = track.rate // gcd(track.rate, how.sample_rate)
         self._drop = 0  # samples of the first frame before that one
         self._first: int | None = None
         self._end = 0
-        self._waiting: list[list[NDArray[Any]]] = []
+        self._waiting: list[list[NDArray[Any]]] = []  # their channels, or all interleaved, in their own memory
+        self._block = _BLOCK_S * track.rate
         self._num_waiting = 0
-        self._look: tuple[str, int] = ("", 0)
+        self._look: tuple[str, int] = ("", 0)  # sample format and channels of the waiting frames
+        self._dtype, self._interleaved = "", 0
         self._pieces: list[NDArray[np.float32]] = []
 
     @property
@@ -228,12 +230,16 @@ class _Mixer:
             self.lost_s += (position - self._end) / self._track.rate
             self._resample(np.zeros(position - self._end, np.float32))
         look = (frame.format.name, frame.layout.nb_channels)
-        if look != self._look or self._num_waiting >= _BLOCK_S * self._track.rate:
+        if look != self._look or self._num_waiting >= self._block:
             self._flush()
             self._look = look
-        self._waiting.append(_planes(frame))
-        self._num_waiting += frame.samples
-        self._end = position + frame.samples
+            self._dtype, _ = _SAMPLES[look[0].removesuffix("p")]
+            self._interleaved = 1 if look[0].endswith("p") else look[1]
+        samples = frame.samples
+        number = samples * self._interleaved
+        self._waiting.append([np.frombuffer(plane, self._dtype, number) for plane in frame.planes])
+        self._num_waiting += samples
+        self._end = position + samples
 
     def clip(self, end_s: float | None) -> NDArray[np.float32]:
         """What was added, from the start of the clip to ``end_s`` or the end; silence before the track begins."""
@@ -254,7 +260,9 @@ class _Mixer:
     def _check_length(self, position: int) -> None:
         limit_s = self._how.limits.max_seconds
         if position / self._track.rate - self._start_s > limit_s:
-            raise SampleError(f"sound of more than {limit_s:g} s, the limit; take a clip")
+            raise SampleError(
+                f"sound of more than {limit_s:g} s, the limit; take a clip, or raise data.max_media_seconds"
+            )
 
     def _flush(self) -> None:
         """Mix the waiting frames down and resample them."""
@@ -264,8 +272,8 @@ class _Mixer:
         self._drop = 0
         self._waiting.clear()
         self._num_waiting = 0
-        bad = ~(np.abs(mono) <= _LOUDEST)
-        if bad.any():
+        if len(mono) and not max(mono.max(), -mono.min()) <= _LOUDEST:  # also where some are no number
+            bad = ~(np.abs(mono) <= _LOUDEST)
             self.lost_s += float(bad.sum()) / self._track.rate
             mono = np.where(bad, np.float32(0), mono)
         self._resample(mono)
@@ -273,7 +281,7 @@ class _Mixer:
     def _resample(self, mono: NDArray[np.float32]) -> None:
         import av
 
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(mono)[None], format="flt", layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(mono)[None], format="fltp", layout="mono")
         frame.sample_rate = self._track.rate
         self._collect(self._resampler.resample(frame))
 
@@ -281,23 +289,17 @@ class _Mixer:
         self._pieces += [frame.to_ndarray()[0] for frame in frames]
 
 
-def _planes(frame: Any) -> list[NDArray[Any]]:
-    """The channels of a frame, or all of them interleaved; they lie in its memory."""
-    dtype, _ = _SAMPLES[frame.format.name.removesuffix("p")]
-    count = frame.samples if frame.format.is_planar else frame.samples * frame.layout.nb_channels
-    return [np.frombuffer(plane, dtype, count) for plane in frame.planes]
-
-
 def _mono(frames: list[list[NDArray[Any]]], name: str, num_channels: int) -> NDArray[np.float32]:
     """Mean of the channels of consecutive frames, in [-1, 1]."""
     planes = [np.concatenate(plane) for plane in zip(*frames, strict=True)]
     if len(planes) != num_channels:
         planes = list(planes[0].reshape(-1, num_channels).T)
-    mono: NDArray[np.float32] = planes[0].astype(np.float32)
+    mono: NDArray[np.float32] = planes[0].astype(np.float32, copy=False)
     for plane in planes[1:]:
         mono += plane
     _, scale = _SAMPLES[name.removesuffix("p")]
-    mono *= np.float32(1 / (scale * num_channels))
+    if scale * num_channels != 1:
+        mono *= np.float32(1 / (scale * num_channels))
     return mono - np.float32(1) if name.startswith("u8") else mono
 
 

@@ -14,9 +14,9 @@ from llava_scale.data.engines import run_tasks
 from llava_scale.data.index import heldout_mask
 from llava_scale.data.indexing import checksum
 from llava_scale.data.opening import read_through
-from llava_scale.data.records import FRAMES_EXT, split_frames, text_length
+from llava_scale.data.records import FRAMES_EXT, encoded_media, split_frames, text_length
 from llava_scale.errors import LlavaScaleError, SampleError
-from llava_scale.types import MEDIA_KINDS, MediaInfo, MediaKind, Sample
+from llava_scale.types import MEDIA_KINDS, Clip, MediaInfo, MediaKind, Sample
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -188,15 +188,16 @@ def _check_sample(sample: Sample | SampleError, infos: tuple[MediaInfo, ...], ta
     result.text_chars += text_length(sample.turns)
     result.modalities["+".join(kind for kind in MEDIA_KINDS if kind in sample.media) or "text"] += 1
     files = [(kind, *file) for kind in MEDIA_KINDS for file in sample.media.get(kind, ())]
-    for number, ((kind, ext, content), info) in enumerate(zip(files, infos, strict=True)):
+    clips = [medium.clip for kind in MEDIA_KINDS for medium in encoded_media(sample).get(kind, ())]
+    for number, ((kind, ext, content), info, clip) in enumerate(zip(files, infos, clips, strict=True)):
         result.kinds[kind].add(info, len(content))
         try:
-            _decode(kind, ext, content, task.max_pixels)
+            _decode(kind, ext, content, clip, task.max_pixels)
         except SampleError as error:
             result.problems.append(Problem(sample.shard, sample.key, f"medium {number + 1} ({ext}): {error.reason}"))
 
 
-def _decode(kind: MediaKind, ext: str, content: bytes, max_pixels: int) -> None:
+def _decode(kind: MediaKind, ext: str, content: bytes, clip: Clip | None, max_pixels: int) -> None:
     from llava_scale.data.media import decode_image, probe
 
     if kind == "image":
@@ -205,7 +206,7 @@ def _decode(kind: MediaKind, ext: str, content: bytes, max_pixels: int) -> None:
         for _, frame in split_frames(content):
             decode_image(frame, max_pixels=max_pixels)
     else:
-        probe("wav" if kind == "audio" else ext, content)  # of a video that is a sound, its track
+        probe("wav" if kind == "audio" else ext, content, clip)  # of a video that is a sound, its track
 
 
 def _duplicates(data: ShardedDataset, hashes: list[NDArray[np.uint64]]) -> list[Problem]:

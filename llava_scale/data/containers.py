@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from llava_scale.errors import ConfigError, SampleError
@@ -109,12 +110,17 @@ def packets_of(container: Any, stream: Any, limits: MediaLimits) -> Iterator[Any
 
 def decoded(context: Any, packet: Any) -> tuple[Iterable[Any], bool]:
     """The frames that a packet (None at the end) completes, and whether it could be decoded."""
-    import av
-
     try:
         return context.decode(packet), True
-    except (av.FFmpegError, ValueError):
+    except _decode_errors():  # asked for only when there is one
         return (), False
+
+
+@cache
+def _decode_errors() -> tuple[type[Exception], ...]:
+    import av
+
+    return (av.FFmpegError, ValueError)
 
 
 def seconds(value: int | None, time_base: Any) -> float | None:

@@ -10,19 +10,23 @@ Transforms are given to the loader by the model, which alone knows what its towe
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llava_scale.data.records import FRAME_TIMES, FRAMES_EXT
+from llava_scale.data.records import encoded_media, split_frames
 from llava_scale.errors import ShapeError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from llava_scale.data.features import Rows
-    from llava_scale.types import AudioFeatures, MediaInfo, MediaKind, Sample
+    from llava_scale.types import AudioFeatures, EncodedMedium, MediaInfo, MediaKind, Sample
+
+
+_PROBED_AS: dict[MediaKind, str] = {"image": "png", "video": "mp4", "audio": "wav"}
+"""Any extension of each kind: what is inside a file is found out from its content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +55,43 @@ def decode_others(
     Raises:
         SampleError: one cannot be decoded as planned; it is named where a sample has several.
     """
-    planned = {kind: [info for info in infos if info.kind == kind] for kind in ("video", "audio")}
-    videos, sounds = [], []
-    if "video" not in leave:
-        videos = [
-            _decode_video(sample, number, transforms["video"], info) for number, info in enumerate(planned["video"])
-        ]
-    if "audio" not in leave:
-        sounds = [
-            transforms["audio"](data, planned=info)
-            for (_, data), info in zip(sample.media.get("audio", ()), planned["audio"], strict=True)
-        ]
-    return OtherMedia(videos, sounds)
+    media = encoded_media(sample)
+    found: dict[MediaKind, list[Any]] = {"video": [], "audio": []}
+    for kind, made in found.items():
+        if kind not in leave and kind in media:
+            planned = [info for info in infos if info.kind == kind]
+            made += [
+                decode_medium(medium, info, transforms[kind]) for medium, info in zip(media[kind], planned, strict=True)
+            ]
+    return OtherMedia([video.data for video in found["video"]], found["audio"])
+
+
+def decode_medium(medium: EncodedMedium, info: MediaInfo, transform: Any) -> Any:
+    """What ``transform`` makes of a video or sound, as planned by ``info``.
+
+    Raises:
+        SampleError: it cannot be decoded as planned.
+    """
+    if medium.clip is not None:
+        info = replace(info, clip=medium.clip)
+    if medium.times_s is None:
+        return transform(medium.data, planned=info)
+    return transform.stored(medium.data, medium.times_s, planned=info)
+
+
+def medium_info(kind: MediaKind, medium: EncodedMedium) -> MediaInfo:
+    """What an index would say of a medium; the format is told by its bytes.
+
+    Raises:
+        SampleError: its header cannot be read, or its clip lies behind the end.
+    """
+    from llava_scale.data.media import probe
+
+    if medium.times_s is None:
+        return probe(_PROBED_AS[kind], medium.data, medium.clip)
+    frames = split_frames(medium.data)
+    first = probe(_PROBED_AS["image"], frames[0][1])
+    return replace(first, kind=kind, num_frames=len(frames), duration_s=max(0.0, *medium.times_s, 0.0))
 
 
 def joined_frames(videos: Sequence[Tensor]) -> Tensor | None:
@@ -82,22 +111,3 @@ def joined_frames(videos: Sequence[Tensor]) -> Tensor | None:
 def different_shapes(name: str, shapes: Sequence[tuple[int, ...]]) -> str:
     """What is wrong with media of these shapes in one row."""
     return f"the {name} of a row have different shapes {sorted(set(shapes))}; use a transform of fixed size"
-
-
-def _decode_video(sample: Sample, number: int, transform: Any, info: MediaInfo) -> Tensor:
-    extension, data = sample.media["video"][number]
-    if extension != FRAMES_EXT:
-        frames: Tensor = transform(data, planned=info).data
-        return frames
-    stored: Tensor = transform.stored(data, _times_of(sample, number), planned=info).data
-    return stored
-
-
-def _times_of(sample: Sample, number: int) -> Sequence[float]:
-    """Times of the stored frames of a video; none where the record does not tell them."""
-    times = sample.extra.get(FRAME_TIMES)
-    if not isinstance(times, list):
-        return ()
-    if times and not isinstance(times[0], list):
-        return times if number == 0 else ()
-    return times[number] if number < len(times) else ()

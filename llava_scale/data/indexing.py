@@ -17,10 +17,17 @@ from llava_scale.data.index import (
     media_order,
 )
 from llava_scale.data.names import NO_FRAME, RECORD_SUFFIX, parse_suffix, split_member, unescape_key
-from llava_scale.data.records import FRAME_TIMES, load_record, parse_record, text_length, wants_sound_tracks
+from llava_scale.data.records import (
+    FRAME_TIMES,
+    clips_of,
+    load_record,
+    parse_record,
+    text_length,
+    wants_sound_tracks,
+)
 from llava_scale.data.tarwalk import TarMember, walk_tar
 from llava_scale.errors import SampleError, ShardError
-from llava_scale.types import MediaInfo, MediaKind
+from llava_scale.types import Clip, MediaInfo, MediaKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -82,34 +89,38 @@ def count_media(media: Sequence[MediaEntry]) -> dict[MediaKind, int]:
 def describe(
     record: bytes, media: Sequence[MediaEntry], read: Callable[[int, int], bytes]
 ) -> tuple[list[MediaEntry], int]:
-    """Return the media with what the record says of them (times of stored frames, sound tracks), and the text's length.
+    """Return the media with what the record says of them, and the length of its text.
 
-    The length is ``NO_TEXT`` where the sample cannot be used. ``read(offset, size)`` returns bytes of the shard.
+    That is: times of stored frames, sound tracks, clips. The length is ``NO_TEXT`` where the sample cannot be used.
+    ``read(offset, size)`` returns bytes of the shard.
     """
     try:
         content = load_record(record)
         if wants_sound_tracks(content):
             media = _with_tracks(media, read)
-        length = text_length(parse_record(content, count_media(media)))
+        counts = count_media(media)
+        length = text_length(parse_record(content, counts))
     except SampleError:
         return list(media), NO_TEXT
+    for kind, clips in clips_of(content, counts).items():
+        media = [_cut(entry, clips[entry.number], read) if entry.kind == kind else entry for entry in media]
     times = content.get(FRAME_TIMES)
     if isinstance(times, list):
         media = [_timed(entry, times) for entry in media]
     return list(media), length
 
 
-def probe_media(kind: MediaKind, ext: str, data: bytes) -> MediaInfo:
-    """Return what the header of a medium says.
+def probe_media(kind: MediaKind, ext: str, data: bytes, clip: Clip | None = None) -> MediaInfo:
+    """Return what the header of a medium says, of a clip what the packets say.
 
     Raises:
-        SampleError: if the header cannot be read.
+        SampleError: if the header cannot be read, or the clip lies behind the end.
     """
     from llava_scale.data.media import probe
 
     if kind == "audio":
-        return probe("wav", data)  # any extension of a sound: a video's track counts, not its pictures
-    info = probe(ext, data)
+        return probe("wav", data, clip)  # any extension of a sound: a video's track counts, not its pictures
+    info = probe(ext, data, clip)
     return info if info.kind == kind else replace(info, kind=kind)
 
 
@@ -153,9 +164,16 @@ def _group_members(members: Iterable[TarMember], *, shard: str) -> dict[str, _Gr
     return groups
 
 
-def _probed(entry: MediaEntry, read: Callable[[int, int], bytes]) -> MediaEntry:
+def _cut(entry: MediaEntry, clip: Clip | None, read: Callable[[int, int], bytes]) -> MediaEntry:
+    """The entry of a file of which only a clip is used."""
+    if clip is None or entry.frame != NO_FRAME:
+        return entry
+    return _probed(entry._replace(info=MediaInfo(kind=entry.kind)), read, clip)
+
+
+def _probed(entry: MediaEntry, read: Callable[[int, int], bytes], clip: Clip | None = None) -> MediaEntry:
     try:
-        info = probe_media(entry.kind, entry.ext, read(entry.offset, entry.size))
+        info = replace(probe_media(entry.kind, entry.ext, read(entry.offset, entry.size), clip), clip=None)
     except SampleError:
         return entry
     return entry._replace(info=info)

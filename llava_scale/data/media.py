@@ -17,12 +17,12 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.nn import functional
 
-from llava_scale.data.containers import MediaLimits, opened, packets_of, seconds, sound_end_s
 from llava_scale.data.jpeg import UPRIGHT, JpegHeader, decode_jpeg, exif_orientation, jpeg_header
 from llava_scale.data.names import EXTENSIONS
 from llava_scale.data.ppm import ppm_pixels
+from llava_scale.data.probing import probe_container
 from llava_scale.errors import ConfigError, SampleError, ShapeError, suggest
-from llava_scale.types import MediaInfo, MediaKind
+from llava_scale.types import Clip, MediaInfo
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,7 +63,7 @@ def decode_image(data: bytes, *, max_pixels: int) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def probe(ext: str, data: bytes) -> MediaInfo:
+def probe(ext: str, data: bytes, clip: Clip | None = None) -> MediaInfo:
     """Size, frames and duration of a medium; nothing is decoded.
 
     What a container's header does not tell (frames of WebM and Matroska, the length of some MP3s) is counted from its
@@ -72,12 +72,13 @@ def probe(ext: str, data: bytes) -> MediaInfo:
     Args:
         ext: File extension without dot; it decides the kind.
         data: The whole file.
+        clip: Seconds of a video or sound that are used; None for all.
 
     Returns:
         Width and height of pictures as they are after EXIF orientation, of videos as they are stored.
 
     Raises:
-        SampleError: unknown extension, or a header that cannot be read.
+        SampleError: unknown extension, a header that cannot be read, or a clip behind the end.
     """
     kind = EXTENSIONS.get(ext.lower())
     if kind is None:
@@ -87,7 +88,7 @@ def probe(ext: str, data: bytes) -> MediaInfo:
         if orientation > 4:
             width, height = height, width
         return MediaInfo(kind="image", width=width, height=height, num_frames=1)
-    return _probe_container(kind, data)
+    return probe_container(kind, data, clip)
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,42 +354,6 @@ def _deep_grey(values: NDArray[Any]) -> NDArray[np.uint8]:
         raise SampleError("32-bit picture with values outside [0, 65535]; store it as 8 or 16 bit")
     grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     return np.repeat(grey[..., None], 3, axis=2)
-
-
-def _probe_container(kind: MediaKind, data: bytes) -> MediaInfo:
-    with opened(data, kind) as container:
-        stream = container.streams.best("video" if kind == "video" else "audio")
-        if stream is None or stream.codec_context is None:
-            raise SampleError(f"{kind} file without {'pictures' if kind == 'video' else 'sound'} that can be decoded")
-        if kind == "audio":
-            return MediaInfo(kind="audio", duration_s=_sound_seconds(container, stream, data))
-        num_frames, duration_s = stream.frames, seconds(stream.duration, stream.time_base)
-        if not num_frames or duration_s is None:
-            num_frames, duration_s = _count_frames(container, stream)
-        size = {"width": stream.codec_context.width, "height": stream.codec_context.height}
-        return MediaInfo(kind="video", **size, num_frames=num_frames, duration_s=duration_s)
-
-
-def _sound_seconds(container: Any, stream: Any, data: bytes) -> float:
-    """Length by the header, else by the packets."""
-    begin_s = seconds(stream.start_time, stream.time_base) or 0.0
-    length_s = sound_end_s(container, stream, data, begin_s)
-    if length_s is not None:
-        return length_s
-    durations = (packet.duration or 0 for packet in packets_of(container, stream, MediaLimits()))
-    return float(sum(durations) * stream.time_base)
-
-
-def _count_frames(container: Any, stream: Any) -> tuple[int, float]:
-    """Frames and seconds that they are shown for, by the packets."""
-    packets = [(p.pts, p.duration or 0) for p in packets_of(container, stream, MediaLimits()) if not p.is_discard]
-    stamps = sorted((pts, duration) for pts, duration in packets if pts is not None)
-    if len(stamps) < len(packets) or not packets:
-        rate = float(stream.average_rate or stream.guessed_rate or 25)
-        return len(packets), len(packets) / rate
-    typical = (stamps[-1][0] - stamps[0][0]) / max(1, len(stamps) - 1)
-    span = stamps[-1][0] - stamps[0][0] + (stamps[-1][1] or typical)
-    return len(packets), float(span * stream.time_base)
 
 
 def _reason(error: Exception) -> str:

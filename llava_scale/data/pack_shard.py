@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,14 @@ from llava_scale.data.names import NO_FRAME
 from llava_scale.data.opening import index_name
 from llava_scale.data.pack_plan import BadRecord, PlannedFile, PlannedSample
 from llava_scale.data.prepare import MediaOptions, Prepared, prepare, stored_track, stores_frames
-from llava_scale.data.records import FRAME_TIMES, wants_sound_tracks
+from llava_scale.data.records import AUDIO_CLIPS, FRAME_TIMES, VIDEO_CLIPS, clips_of, wants_sound_tracks
 from llava_scale.data.shard_writer import NewMedia, ShardWriter
 from llava_scale.errors import SampleError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from llava_scale.types import Clip
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ def pack_shard(task: ShardTask) -> int:
                 bad.append(BadRecord(sample.number, sample.key, error.reason))
                 continue
             media = [member for item in loaded for member in item.media]
-            writer.add(sample.key, encode_record(_record_of(sample, loaded)), media)
+            writer.add(sample.key, encode_record(_record_of(sample, loaded, task.options)), media)
         if bad:
             write_atomic(task.report, json.dumps([asdict(item) for item in bad]).encode())
         if writer.num_samples:
@@ -98,20 +101,27 @@ def _load_all(sample: PlannedSample, task: ShardTask) -> list[Prepared]:
     wanted = wants_sound_tracks(sample.record)
     videos = [file for file in sample.files if file.kind == "video"] if wanted else []
     stored = videos if stores_frames(task.options) else []
-    loaded = [_load(file, number + (len(stored) if file.kind == "audio" else 0), task) for file, number in files]
+    counts = Counter(file.kind for file in sample.files)
+    clips = clips_of(sample.record, {**counts, "audio": counts["audio"] + len(videos)})
+    loaded = []
+    for file, number in files:
+        is_sound = file.kind == "audio"  # own sounds stand behind the tracks
+        clip = clips[file.kind][number + (len(videos) if is_sound else 0)] if file.kind in clips else None
+        loaded.append(_load(file, number + (len(stored) if is_sound else 0), task, clip))
     for number, file in enumerate(videos):
         data = (task.media_root / file.path).read_bytes()
+        clip = clips["video"][number] if clips else None
         try:
             if stored:
-                loaded.append(stored_track(number, data, task.options))
+                loaded.append(stored_track(number, data, task.options, clip))
             else:
-                probe_media("audio", file.ext, data)
+                probe_media("audio", file.ext, data, clip)
         except SampleError as error:
             raise SampleError(f"sound track of {file.kind} {file.path!r}: {error.reason}") from None
     return loaded
 
 
-def _load(file: PlannedFile, number: int, task: ShardTask) -> Prepared:
+def _load(file: PlannedFile, number: int, task: ShardTask, clip: Clip | None) -> Prepared:
     try:
         data = (task.media_root / file.path).read_bytes()
     except OSError as error:
@@ -119,13 +129,13 @@ def _load(file: PlannedFile, number: int, task: ShardTask) -> Prepared:
     if not data:
         raise SampleError(f"{file.kind} {file.path!r} is empty")
     try:
-        return prepare(file.kind, number, data, task.options) or _copied(file, number, data, task.options)
+        return prepare(file.kind, number, data, task.options, clip) or _copied(file, number, data, task.options, clip)
     except SampleError as error:
         raise SampleError(f"{file.kind} {file.path!r}: {error.reason}") from None
 
 
-def _copied(file: PlannedFile, number: int, data: bytes, options: MediaOptions) -> Prepared:
-    info = probe_media(file.kind, file.ext, data)
+def _copied(file: PlannedFile, number: int, data: bytes, options: MediaOptions, clip: Clip | None) -> Prepared:
+    info = probe_media(file.kind, file.ext, data, clip)
     if file.kind == "image" and options.verify == "decode":
         from llava_scale.data.media import decode_image
 
@@ -133,7 +143,10 @@ def _copied(file: PlannedFile, number: int, data: bytes, options: MediaOptions) 
     return Prepared((NewMedia(file.kind, file.ext, number, NO_FRAME, data, info),))
 
 
-def _record_of(sample: PlannedSample, loaded: Sequence[Prepared]) -> dict[str, Any]:
-    """The record, with the times of stored frames per video."""
+def _record_of(sample: PlannedSample, loaded: Sequence[Prepared], options: MediaOptions) -> dict[str, Any]:
+    """The record, with the times of stored frames per video and without clips that are stored alone."""
+    cut = [VIDEO_CLIPS] if stores_frames(options) else []
+    cut += [AUDIO_CLIPS] if options.audio_rate else []
+    record = {name: value for name, value in sample.record.items() if name not in cut}
     times = [item.times_s for item in loaded if item.media[0].kind == "video"]
-    return sample.record | {FRAME_TIMES: times} if any(times) else sample.record
+    return record | {FRAME_TIMES: times} if any(times) else record

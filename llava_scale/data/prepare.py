@@ -11,7 +11,7 @@ from llava_scale.data.names import NO_FRAME
 from llava_scale.data.ppm import ppm_file
 from llava_scale.data.shard_writer import NewMedia
 from llava_scale.errors import ConfigError
-from llava_scale.types import MediaInfo, MediaKind
+from llava_scale.types import Clip, MediaInfo, MediaKind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,14 +74,16 @@ class MediaOptions:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What becomes of one file: its members, and of a video the times of its frames."""
+    """What becomes of one file: its members, and of a video the times of its frames, from the start of the clip."""
 
     media: tuple[NewMedia, ...]
     times_s: tuple[float, ...] = ()
 
 
-def prepare(kind: MediaKind, number: int, data: bytes, options: MediaOptions) -> Prepared | None:
-    """Prepare one file; None where the options leave its kind as it is.
+def prepare(
+    kind: MediaKind, number: int, data: bytes, options: MediaOptions, clip: Clip | None = None
+) -> Prepared | None:
+    """Prepare one file, or a clip of it; None where the options leave its kind as it is.
 
     Raises:
         SampleError: the file cannot be decoded.
@@ -90,9 +92,9 @@ def prepare(kind: MediaKind, number: int, data: bytes, options: MediaOptions) ->
         pixels = _without_bars(_image_transform(options)(data), data, options)
         return Prepared((_picture("image", number, NO_FRAME, pixels, options),))
     if kind == "video" and stores_frames(options):
-        return _frames(number, data, options)
+        return _frames(number, data, options, clip or (0.0, None))
     if kind == "audio" and options.audio_rate:
-        return _sound(number, data, options.audio_rate)
+        return _sound(number, data, options.audio_rate, clip or (0.0, None))
     return None
 
 
@@ -101,24 +103,24 @@ def stores_frames(options: MediaOptions) -> bool:
     return bool(options.video_frames or options.video_fps)
 
 
-def stored_track(number: int, data: bytes, options: MediaOptions) -> Prepared:
-    """The sound track of a video whose file is not kept, as a FLAC at the rate of sounds or else 16 kHz.
+def stored_track(number: int, data: bytes, options: MediaOptions, clip: Clip | None = None) -> Prepared:
+    """The sound track of a video whose file is not kept, or a clip of it, as a FLAC at the rate of sounds or 16 kHz.
 
     Raises:
         SampleError: there is none, or it cannot be decoded.
     """
-    return _sound(number, data, options.audio_rate or _TRACK_RATE)
+    return _sound(number, data, options.audio_rate or _TRACK_RATE, clip or (0.0, None))
 
 
-def _sound(number: int, data: bytes, rate: int) -> Prepared:
+def _sound(number: int, data: bytes, rate: int, clip: Clip) -> Prepared:
     from llava_scale.data.audio import AudioTransform
 
-    wave = AudioTransform(sample_rate=rate)(data).data
+    wave = AudioTransform(sample_rate=rate)(data, start_s=clip[0], end_s=clip[1]).data
     info = MediaInfo(kind="audio", duration_s=len(wave) / rate)
     return Prepared((NewMedia("audio", "flac", number, NO_FRAME, _flac(wave, rate), info),))
 
 
-def _frames(number: int, data: bytes, options: MediaOptions) -> Prepared:
+def _frames(number: int, data: bytes, options: MediaOptions, clip: Clip) -> Prepared:
     from llava_scale.data.sampling import FrameSampling
     from llava_scale.data.video import VideoTransform
 
@@ -126,9 +128,10 @@ def _frames(number: int, data: bytes, options: MediaOptions) -> Prepared:
         how = FrameSampling(num_frames=options.video_frames, max_frames=options.video_frames)
     else:
         how = FrameSampling(scheme="time_fps", fps=options.video_fps, max_frames=_MAX_FRAMES)
-    found = VideoTransform(image=_image_transform(options), sampling=how)(data)
+    start_s, end_s = clip
+    found = VideoTransform(image=_image_transform(options), sampling=how)(data, start_s=start_s, end_s=end_s)
     pictures = (_picture("video", number, place, pixels, options) for place, pixels in enumerate(found.data))
-    return Prepared(tuple(pictures), tuple(round(time_s, 6) for time_s in found.times_s))
+    return Prepared(tuple(pictures), tuple(round(max(0.0, time_s - start_s), 6) for time_s in found.times_s))
 
 
 def _without_bars(pixels: Tensor, data: bytes, options: MediaOptions) -> Tensor:

@@ -6,15 +6,18 @@ Writer and reader share these rules, so what packs also loads.
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from llava_scale.errors import SampleError
-from llava_scale.types import PLACEHOLDERS, MediaKind, Role, Turn
+from llava_scale.types import PLACEHOLDERS, Clip, EncodedMedium, MediaKind, Role, Turn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from llava_scale.types import Sample
 
 _ROLES: dict[str, Role] = {
     "human": "user",
@@ -29,6 +32,10 @@ FRAME_TIMES = "frame_times_s"
 """Field of the record: per video stored as frames, the time of each frame in seconds."""
 VIDEO_AUDIO = "video_audio"
 """Field of the record: true makes the sound track of each video a sound of the sample, before its own sounds."""
+VIDEO_CLIPS = "video_clips"
+"""Field of the record: per video (and its sound track) the seconds ``[start, end]`` that are used; null for all."""
+AUDIO_CLIPS = "audio_clips"
+"""Field of the record: the same of the sample's own sounds."""
 
 
 def load_record(data: bytes) -> dict[str, Any]:
@@ -65,11 +72,12 @@ def parse_record(record: Mapping[str, Any], media_counts: Mapping[MediaKind, int
     Raises:
         SampleError: no conversation; a message that is no text or from nobody known; not in the order
             [system] human gpt human gpt ...; an empty answer; a placeholder outside of a human turn; placeholders
-            and media that differ in number.
+            and media that differ in number; clips that are none.
     """
     turns = _read_turns(record)
     _check_order(turns)
-    if record.get(VIDEO_AUDIO):
+    clips_of(record, media_counts)
+    if wants_sound_tracks(record):
         turns = _with_tracks(turns, media_counts)
     prefix = ""
     marked = [turn for turn in turns if "<" in turn.text]
@@ -107,6 +115,90 @@ def wants_sound_tracks(record: Mapping[str, Any]) -> bool:
     if not isinstance(wanted, bool):
         raise SampleError(f"its {VIDEO_AUDIO!r} is {wanted!r}; it must be true or false")
     return wanted
+
+
+def clips_of(
+    record: Mapping[str, Any], media_counts: Mapping[MediaKind, int]
+) -> dict[MediaKind, tuple[Clip | None, ...]]:
+    """Which seconds of each video and sound are used; empty for a record that cuts no clips.
+
+    Raises:
+        SampleError: not one clip for each medium, or one that ends before it begins.
+    """
+    if VIDEO_CLIPS not in record and AUDIO_CLIPS not in record:
+        return {}
+    videos = _clips(record.get(VIDEO_CLIPS), media_counts.get("video", 0), VIDEO_CLIPS)
+    tracks = videos if wants_sound_tracks(record) else ()
+    own = _clips(record.get(AUDIO_CLIPS), media_counts.get("audio", 0) - len(tracks), AUDIO_CLIPS)
+    return {"video": videos, "audio": (*tracks, *own)}
+
+
+def encoded_media(sample: Sample) -> dict[MediaKind, tuple[EncodedMedium, ...]]:
+    """The media of a sample with what its record says of them.
+
+    Raises:
+        SampleError: as ``clips_of``.
+    """
+    clips = clips_of(sample.extra, {kind: len(files) for kind, files in sample.media.items()})
+    return {
+        kind: tuple(
+            EncodedMedium(
+                data,
+                times_s=_times_of(sample.extra, number) if ext == FRAMES_EXT else None,
+                clip=clips[kind][number] if kind in clips else None,
+            )
+            for number, (ext, data) in enumerate(files)
+        )
+        for kind, files in sample.media.items()
+    }
+
+
+def fields_of(media: Mapping[MediaKind, Sequence[bytes | EncodedMedium]]) -> dict[str, Any]:
+    """Fields of a record that say the same of its media; ``encoded_media`` reads them."""
+    names: dict[MediaKind, str] = {"video": VIDEO_CLIPS, "audio": AUDIO_CLIPS}
+    fields: dict[str, Any] = {}
+    for kind, name in names.items():
+        told = [item if isinstance(item, EncodedMedium) else EncodedMedium(item) for item in media.get(kind, ())]
+        if any(item.clip for item in told):
+            fields[name] = [item.clip and list(item.clip) for item in told]
+        if any(item.times_s for item in told):
+            fields[FRAME_TIMES] = [list(item.times_s or ()) for item in told]
+    return fields
+
+
+def _clips(value: object, number: int, name: str) -> tuple[Clip | None, ...]:
+    if value is None:
+        return (None,) * max(0, number)
+    items = [value] if isinstance(value, list) and value and not isinstance(value[0], list | None) else value
+    if not isinstance(items, list) or len(items) != number:
+        raise SampleError(
+            f"its {name!r} must be a list with [start, end] in seconds, or null, for each of its {max(0, number)} media"
+        )
+    return tuple(_clip(item, name) for item in items)
+
+
+def _clip(item: object, name: str) -> Clip | None:
+    if item is None:
+        return None
+    if isinstance(item, list) and len(item) == 2 and _is_time(item[0]):
+        start_s, end_s = item
+        if end_s is None or (_is_time(end_s) and end_s > start_s):
+            return float(start_s), None if end_s is None else float(end_s)
+    raise SampleError(f"its {name!r} holds {item!r}, which is no [start, end] in seconds (null for an open end)")
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+def _times_of(record: Mapping[str, Any], number: int) -> tuple[float, ...]:
+    """Times of the stored frames of a video; none where the record does not tell them."""
+    times = record.get(FRAME_TIMES)
+    if not isinstance(times, list):
+        return ()
+    if times and not isinstance(times[0], list):
+        return tuple(times) if number == 0 else ()
+    return tuple(times[number]) if number < len(times) else ()
 
 
 def _with_tracks(turns: tuple[Turn, ...], media_counts: Mapping[MediaKind, int]) -> tuple[Turn, ...]:

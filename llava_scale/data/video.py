@@ -5,7 +5,6 @@ Legend: ``F`` frames, ``H``/``W`` pixels, ``S`` side of the model's square pictu
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from llava_scale.data.video_reader import VideoReader
 from llava_scale.errors import SampleError
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from llava_scale.types import MediaInfo
@@ -72,7 +72,8 @@ class VideoTransform:
 
         Args:
             data: The whole file.
-            planned: What ``num_frames`` was told of the file, or of the clip; then as many frames come as it said.
+            planned: What ``num_frames`` was told of the file, or of the clip; then as many frames come as it said. If
+                it names a clip, that is taken.
             start_s: Where the clip begins, in the time of the file.
             end_s: Where it ends; None is the end of the file.
 
@@ -80,12 +81,14 @@ class VideoTransform:
             SampleError: unreadable, over a limit, damaged and not allowed to be, no frame in the clip, or not
                 as planned.
         """
+        if planned is not None and planned.clip is not None:
+            start_s, end_s = planned.clip
         if end_s is not None and end_s <= start_s:
             raise SampleError(f"the clip ends at {end_s} s, not after its start at {start_s} s")
         with opened(data, "video") as container:
             reader = VideoReader(container, self.limits, start_s, end_s)
             if reader.cut_off and self.partial == "forbid":
-                raise SampleError(f"{reader.cut_off}: it is cut off (partial: allow would use the rest)")
+                raise SampleError(f"{reader.cut_off}: it is cut off (data.partial: allow would use the rest)")
             chosen = self._choose(reader, planned, start_s, end_s)
             return self._frames(reader, chosen)
 
@@ -113,17 +116,11 @@ class VideoTransform:
 
     def _choose(self, reader: VideoReader, planned: MediaInfo | None, start_s: float, end_s: float | None) -> list[int]:
         """Numbers of the frames to decode."""
-        times = reader.times_s
-        until = reader.end_s if end_s is None else min(end_s, reader.end_s)
-        inside = [i for i, time in enumerate(times) if start_s <= time < until]
-        if start_s < until and times and times[0] < start_s and (not inside or times[inside[0]] > start_s):
-            inside.insert(0, bisect_right(times, start_s) - 1)  # shown already when the clip begins
-        if not inside:
-            raise SampleError(f"the video has no frame between {start_s:g} s and {until:g} s")
-        begins = [max(times[i], start_s) for i in inside]
+        inside, begins, until = reader.within(start_s, end_s)
         if until - begins[0] > self.limits.max_seconds:
             raise SampleError(
-                f"video of {until - begins[0]:.0f} s exceeds the limit of {self.limits.max_seconds:g} s; take a clip"
+                f"video of {until - begins[0]:.0f} s exceeds the limit of {self.limits.max_seconds:g} s; "
+                "take a clip, or raise data.max_media_seconds"
             )
         return [inside[i] for i in self.sampling.indices(begins, until, planned)]
 
@@ -155,7 +152,8 @@ class VideoTransform:
         if missing:
             where = f", {len(missing)} of the wanted frames among them, first at {reader.times_s[min(missing)]:.2f} s"
         raise SampleError(
-            f"damaged video: {reader.num_errors} packets cannot be decoded{where} (partial: allow would use the rest)"
+            f"damaged video: {reader.num_errors} packets cannot be decoded{where} "
+            "(data.partial: allow would use the rest)"
         )
 
     def _block(self, number: int) -> Tensor:
@@ -180,11 +178,18 @@ class _Fitter:
         factor = self._image.reduction(width, height)
         size = {"width": width // factor, "height": height // factor} if factor > 1 else {}
         method = "AREA" if factor > 1 else "BILINEAR"
-        pixels = self._reformatter.reformat(frame, format="rgb24", interpolation=method, **size).to_ndarray()
+        pixels = _pixels(self._reformatter.reformat(frame, format="rgb24", interpolation=method, **size))
         quarters = round(getattr(frame, "rotation", 0) / 90) % 4
         if quarters:
             pixels = np.ascontiguousarray(np.rot90(pixels, quarters))
         self._image.from_tensor(torch.from_numpy(pixels).permute(2, 0, 1), out=out)
+
+
+def _pixels(frame: Any) -> NDArray[np.uint8]:
+    """``(H, W, 3)`` of an RGB frame, in its own memory."""
+    plane = frame.planes[0]
+    rows = np.frombuffer(plane, np.uint8, plane.line_size * frame.height).reshape(frame.height, plane.line_size)
+    return rows[:, : 3 * frame.width].reshape(frame.height, frame.width, 3)
 
 
 def _fill(reader: VideoReader, missing: list[int], fitter: _Fitter, places: dict[int, Tensor]) -> dict[int, int]:

@@ -47,6 +47,21 @@ class VideoReader:
         if end_s is None:
             self.cut_off = self._missing(container)
 
+    def within(self, start_s: float, end_s: float | None) -> tuple[list[int], list[float], float]:
+        """Numbers of the frames that are shown in a clip, when each begins in it, and when the last one ends.
+
+        Raises:
+            SampleError: there are none.
+        """
+        times = self.times_s
+        until = self.end_s if end_s is None else min(end_s, self.end_s)
+        inside = [i for i, time in enumerate(times) if start_s <= time < until]
+        if start_s < until and times and times[0] < start_s and (not inside or times[inside[0]] > start_s):
+            inside.insert(0, bisect_right(times, start_s) - 1)  # shown already when the clip begins
+        if not inside:
+            raise SampleError(f"the video has no frame between {start_s:g} s and {until:g} s")
+        return inside, [max(times[i], start_s) for i in inside], until
+
     def decode(self, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """(number, frame) of the wanted frames (ascending numbers) that can be decoded without damage."""
         if not self._pts:

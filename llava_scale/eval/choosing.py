@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-from llava_scale.data.indexing import probe_media
-from llava_scale.data.records import FRAMES_EXT, split_frames
+from llava_scale.data.decoding import medium_info
+from llava_scale.data.records import encoded_media, fields_of
 from llava_scale.errors import SampleError
 from llava_scale.eval.likelihood import RowMaker, caption_scores
 from llava_scale.eval.scorers import Response
-from llava_scale.types import MEDIA_KINDS, MediaInfo, MediaKind, Sample, Turn
+from llava_scale.types import MEDIA_KINDS, MediaInfo, Sample, Turn
 
 if TYPE_CHECKING:
     from llava_scale.data.dataset import ShardedDataset
@@ -32,7 +32,8 @@ class OneSample:
 
     def media_infos(self, _: int) -> tuple[MediaInfo, ...]:
         """What is known of its media."""
-        return tuple(_info(kind, ext, data) for kind in MEDIA_KINDS for ext, data in self._sample.media.get(kind, ()))
+        media = encoded_media(self._sample)
+        return tuple(medium_info(kind, medium) for kind in MEDIA_KINDS for medium in media.get(kind, ()))
 
     def locate(self, number: int) -> tuple[int, int]:
         """Shard and place."""
@@ -73,7 +74,13 @@ class Chooser:
         if len(texts) < len(item.choices):
             raise SampleError(f"has {len(item.choices)} choices, and there are {len(_LETTERS)} letters")
         turns = item.question.turns
-        sample = Sample(key=item.key, shard="", turns=(*turns, Turn("assistant", texts[0])), media=item.files)
+        sample = Sample(
+            key=item.key,
+            shard="",
+            turns=(*turns, Turn("assistant", texts[0])),
+            media=item.files,
+            extra=fields_of(item.question.media),
+        )
         dataset = cast("ShardedDataset", OneSample(sample))
         row, skipped = RowMaker(dataset, self._processor, max_length=self._limit).row([0])
         if skipped[0] is not None:
@@ -89,9 +96,3 @@ class Chooser:
     def _ids(self, turns: Sequence[Turn], text: str) -> tuple[int, ...]:
         encoded = self._processor.chat_encoder.encode((*turns, Turn("assistant", text)))
         return tuple(token for token, counts in zip(encoded.input_ids, encoded.supervised, strict=True) if counts)
-
-
-def _info(kind: MediaKind, ext: str, data: bytes) -> MediaInfo:
-    if ext == FRAMES_EXT:
-        return MediaInfo(kind="video", num_frames=len(split_frames(data)))
-    return probe_media(kind, ext, data)

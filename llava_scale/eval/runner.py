@@ -267,7 +267,8 @@ class _Evaluation:
             question = item.question
             sample = self.dataset.sample(question.number)
             asked = next(other for other in questions_of(sample, question.number) if other.turns == question.turns)
-            small = [thumbnail(data, max_pixels=transform.max_pixels) for data in asked.media.get("image", ())]
+            shown = [data for data in asked.media.get("image", ()) if isinstance(data, bytes)]
+            small = [thumbnail(data, max_pixels=transform.max_pixels) for data in shown]
             yield Example(
                 key=question.key,
                 task=question.task,

@@ -249,8 +249,9 @@ def _digest(item: TaskItem) -> str:
     turns = [(turn.role, turn.text) for turn in item.question.turns]
     digest.update(json.dumps([turns, item.choices]).encode())
     for kind, files in sorted(item.question.media.items()):
-        for data in files:
-            digest.update(f"{kind}:{len(data)}:".encode())
+        for file in files:
+            data, told = (file, "") if isinstance(file, bytes) else (file.data, f"{file.clip} {file.times_s}:")
+            digest.update(f"{kind}:{len(data)}:{told}".encode())
             digest.update(data)
     return digest.hexdigest()
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from PIL import Image
 
+from llava_scale.data.records import encoded_media
 from llava_scale.errors import SampleError
-from llava_scale.types import MEDIA_KINDS, PLACEHOLDERS, MediaKind, Turn
+from llava_scale.types import MEDIA_KINDS, PLACEHOLDERS, EncodedMedium, MediaKind, Turn
 
 if TYPE_CHECKING:
     from llava_scale.types import Sample
@@ -30,7 +31,7 @@ class Question:
         number: Number of the sample in its data set.
         key: Key of the sample.
         turns: What stands before the answer, with the true answers of earlier turns.
-        media: Encoded media of these turns, per kind in order.
+        media: Encoded media of these turns, per kind in order; clips and stored frames with what the record says.
         gold: The true answer.
         task: The sample's ``task`` field, or empty.
         change: What is done to the media before the model gets them: ``blank`` or ``shuffle`` (the frames of videos).
@@ -39,7 +40,7 @@ class Question:
     number: int
     key: str
     turns: tuple[Turn, ...]
-    media: dict[MediaKind, tuple[bytes, ...]] = field(default_factory=dict)
+    media: Mapping[MediaKind, tuple[bytes | EncodedMedium, ...]] = field(default_factory=dict)
     gold: str
     task: str = ""
     change: Literal["", "blank", "shuffle"] = ""
@@ -66,25 +67,30 @@ def questions_of(sample: Sample, number: int) -> list[Question]:
     """Return a question for every answer in a sample."""
     task = sample.extra.get("task")
     questions = []
+    encoded = encoded_media(sample)
     for place, turn in enumerate(sample.turns):
         if turn.role != "assistant":
             continue
         before = sample.turns[:place]
-        media: dict[MediaKind, tuple[bytes, ...]] = {}
-        for kind, files in sample.media.items():
+        media: dict[MediaKind, tuple[bytes | EncodedMedium, ...]] = {}
+        for kind, items in encoded.items():
             num_mentioned = sum(earlier.text.count(PLACEHOLDERS[kind]) for earlier in before)
-            media[kind] = tuple(data for _, data in files[:num_mentioned])
+            media[kind] = tuple(_plain(item) for item in items[:num_mentioned])
         questions.append(
             Question(
                 number=number,
                 key=sample.key,
                 turns=before,
-                media={kind: items for kind, items in media.items() if items},
+                media={kind: shown for kind, shown in media.items() if shown},
                 gold=turn.text,
                 task=task if isinstance(task, str) else "",
             )
         )
     return questions
+
+
+def _plain(medium: EncodedMedium) -> bytes | EncodedMedium:
+    return medium.data if medium == EncodedMedium(medium.data) else medium
 
 
 class BlindGenerate:

@@ -45,13 +45,14 @@ class SoundTransform:
     frontend: AudioFrontend
 
     def __call__(self, data: bytes, *, planned: MediaInfo | None = None) -> AudioFeatures:
-        """Features of one sound; with ``planned`` as many as were counted for it.
+        """Features of one sound, or of the clip that ``planned`` names; with it as many as were counted.
 
         Raises:
             SampleError: unreadable, without sound, over a limit, or damaged.
         """
         num_samples = 0 if planned is None else self.frontend.num_samples(planned.duration_s)
-        return self.frontend(self.transform(data, num_samples=num_samples).data)
+        start_s, end_s = (planned and planned.clip) or (0.0, None)
+        return self.frontend(self.transform(data, num_samples=num_samples, start_s=start_s, end_s=end_s).data)
 
     def from_wave(self, wave: Tensor) -> AudioFeatures:
         """Features of a decoded sound ``(N,)`` in [-1, 1] at the front end's rate."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,7 @@ from llava_scale.compressors import token_count
 from llava_scale.compressors.blocks import find_blocks
 from llava_scale.data.audio import AudioTransform
 from llava_scale.data.chat import ChatEncoder
+from llava_scale.data.containers import MediaLimits, PartialPolicy
 from llava_scale.data.expansion import expanded, media_blocks
 from llava_scale.data.media import ImageTransform
 from llava_scale.data.sampling import FrameSampling
@@ -30,6 +32,7 @@ from llava_scale.towers.instruction import encode_questions, longest_question
 from llava_scale.types import PLACEHOLDERS, MediaKind, MediaTokens
 
 if TYPE_CHECKING:
+    from llava_scale.config import DataConfig
     from llava_scale.model.configuration import LlavaScaleConfig
     from llava_scale.model.modeling import LlavaScaleForConditionalGeneration
     from llava_scale.towers import VisionTower
@@ -40,6 +43,8 @@ MAX_IMAGE_PIXELS = 100_000_000
 
 QUESTIONS = "question_tokenizer"
 """Folder of the instruction tower's tokenizer in a checkpoint."""
+
+_OF_TEMPLATE = ("tokenizer", "chat_template_name", "chat_template")
 
 
 class LlavaScaleProcessor(ProcessorMixin):
@@ -93,6 +98,8 @@ class LlavaScaleProcessor(ProcessorMixin):
         self.vision_num_blocks = vision_num_blocks
         self.question_length = question_length
         self.question_tokenizer: PreTrainedTokenizerBase | None = None
+        self.partial: PartialPolicy = "forbid"
+        self.media_limits = MediaLimits()
         self.chat_template_name = chat_template_name
         # The checkpoint's one template file holds the template of training; the tokenizer's own must survive that.
         self.native_chat_template = native_chat_template or tokenizer.chat_template
@@ -164,24 +171,17 @@ class LlavaScaleProcessor(ProcessorMixin):
 
     def with_template(self, chat_template_name: str) -> LlavaScaleProcessor:
         """The same processor for another chat template."""
-        processor = LlavaScaleProcessor(
-            self.tokenizer,
-            image_size=self.image_size,
-            image_grid=self.image_grid,
-            image_num_tokens=self.image_num_tokens,
-            image_aspect_ratio=self.image_aspect_ratio,
-            image_mean=self.image_mean,
-            max_image_pixels=self.max_image_pixels,
-            compressor=self.compressor,
-            video=self.video,
-            audio=self.audio,
-            vision_num_blocks=self.vision_num_blocks,
-            question_length=self.question_length,
-            chat_template_name=chat_template_name,
-            native_chat_template=self.native_chat_template,
-        )
+        own = (name for name in signature(LlavaScaleProcessor).parameters if name not in _OF_TEMPLATE)
+        kept = {name: getattr(self, name) for name in own}
+        processor = LlavaScaleProcessor(self.tokenizer, **kept, chat_template_name=chat_template_name)
         processor.question_tokenizer = self.question_tokenizer
+        processor.partial, processor.media_limits = self.partial, self.media_limits
         return processor
+
+    def set_limits(self, data: DataConfig) -> None:
+        """Take from a run's settings which media are too large or too damaged; checkpoints do not keep that."""
+        self.max_image_pixels, self.partial = data.max_image_pixels, data.partial
+        self.media_limits = replace(self.media_limits, max_seconds=data.max_media_seconds)
 
     @property
     def reads_questions(self) -> bool:
@@ -221,7 +221,8 @@ class LlavaScaleProcessor(ProcessorMixin):
         """Encoded videos to uint8 squares."""
         names = (field.name for field in fields(FrameSampling))
         chosen = {name: self.video[name] for name in names if name in self.video}
-        return VideoTransform(image=self.image_transform, sampling=FrameSampling(**chosen))
+        sampling, limits = FrameSampling(**chosen), self.media_limits
+        return VideoTransform(image=self.image_transform, sampling=sampling, partial=self.partial, limits=limits)
 
     @cached_property
     def time_stamps(self) -> TimeStamps | None:
@@ -239,7 +240,8 @@ class LlavaScaleProcessor(ProcessorMixin):
         transforms: dict[MediaKind, Any] = {"image": self.image_transform, "video": self.video_transform}
         frontend = self.audio_frontend
         if frontend is not None:
-            transforms["audio"] = SoundTransform(AudioTransform(sample_rate=frontend.sample_rate), frontend)
+            sound = AudioTransform(sample_rate=frontend.sample_rate, partial=self.partial, limits=self.media_limits)
+            transforms["audio"] = SoundTransform(sound, frontend)
         return transforms
 
     @property

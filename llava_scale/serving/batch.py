@@ -1,9 +1,9 @@
 """A file of questions in, a file of answers out: batched, and continued where it was cut off.
 
 Input, one JSON object a line: ``question`` or ``conversations`` (ending with the user), ``image``, ``video`` and
-``audio`` (a path or a list of them), ``video_audio`` (true: videos are heard too) and, if wanted, ``id``. Output, one
-JSON object a line, in the order of the input: ``line`` (from 1), the fields of the question, ``model``, and ``answer``
-or ``error``.
+``audio`` (a path or a list of them), ``video_audio`` (true: videos are heard too), ``video_clips`` and ``audio_clips``
+(their seconds that are used, as in data) and, if wanted, ``id``. Output, one JSON object a line, in the order of the
+input: ``line`` (from 1), the fields of the question, ``model``, and ``answer`` or ``error``.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_scale.data.records import VIDEO_AUDIO, wants_sound_tracks
+from llava_scale.data.records import AUDIO_CLIPS, VIDEO_AUDIO, VIDEO_CLIPS, clips_of, wants_sound_tracks
 from llava_scale.errors import ConfigError, SampleError
-from llava_scale.serving.prompts import GenerationRequest
+from llava_scale.serving.prompts import CutMedium, GenerationRequest, Medium
 from llava_scale.types import MEDIA_KINDS, MediaKind, Turn
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from llava_scale.serving.engine import Engine
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_FIELDS = ("id", "image", "video", "audio", VIDEO_AUDIO, "question", "conversations")
+_FIELDS = ("id", "image", "video", "audio", VIDEO_AUDIO, VIDEO_CLIPS, AUDIO_CLIPS, "question", "conversations")
 _BATCHES_AT_ONCE = 16  # lines share one running batch within these, and are written out after them
 
 
@@ -130,8 +130,19 @@ def read_request(record: dict[str, Any], media_root: Path) -> GenerationRequest:
         turns: tuple[Turn, ...] = (Turn("user", record["question"]),)
     else:
         turns = tuple(_turns(record["conversations"]))
-    media = {kind: _paths(record, kind, media_root) for kind in MEDIA_KINDS}
-    return GenerationRequest(turns=turns, media=media, video_audio=wants_sound_tracks(record))
+    heard = wants_sound_tracks(record)
+    return GenerationRequest(turns=turns, media=_media(record, media_root), video_audio=heard)
+
+
+def _media(record: dict[str, Any], media_root: Path) -> dict[MediaKind, Sequence[Medium]]:
+    paths = {kind: _paths(record, kind, media_root) for kind in MEDIA_KINDS}
+    own = {**record, VIDEO_AUDIO: False}  # sound tracks are cut like their videos
+    clips = clips_of(own, {kind: len(of_kind) for kind, of_kind in paths.items()})
+    media: dict[MediaKind, Sequence[Medium]] = {**paths}
+    for kind, of_kind in clips.items():
+        pairs = zip(paths[kind], of_kind, strict=True)
+        media[kind] = [path if clip is None else CutMedium(path, clip) for path, clip in pairs]
+    return media
 
 
 def _paths(record: dict[str, Any], kind: MediaKind, media_root: Path) -> list[Path]:

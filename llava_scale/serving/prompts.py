@@ -15,19 +15,33 @@ import torch
 from PIL import Image, ImageOps
 
 from llava_scale.data.collate import instruction_of
+from llava_scale.data.decoding import decode_medium, medium_info
 from llava_scale.data.expansion import MediaBlock, expanded, media_blocks
-from llava_scale.data.media import probe
 from llava_scale.data.records import VIDEO_AUDIO, parse_record
 from llava_scale.errors import SampleError
-from llava_scale.types import MEDIA_KINDS, AudioFeatures, MediaInfo, MediaKind, Turn
+from llava_scale.types import MEDIA_KINDS, AudioFeatures, Clip, EncodedMedium, MediaInfo, MediaKind, Turn
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from llava_scale.model import LlavaScaleProcessor
 
-Medium = bytes | str | Path | Image.Image
-"""An encoded file, its local path, or a Pillow image."""
+
+@dataclass(frozen=True, slots=True)
+class CutMedium:
+    """A clip of a video or sound.
+
+    Attributes:
+        file: The encoded file or its local path.
+        clip: Its seconds that are used.
+    """
+
+    file: bytes | str | Path
+    clip: Clip
+
+
+Medium = bytes | str | Path | Image.Image | CutMedium | EncodedMedium
+"""An encoded file, its local path, a Pillow image, a clip of a file, or a medium as a sample holds it."""
 
 PROBED_AS: dict[MediaKind, str] = {"image": "png", "video": "mp4", "audio": "wav"}
 """Any extension of each kind: what is inside a file is found out from its content."""
@@ -78,7 +92,7 @@ class Prompt:
     """
 
     input_ids: list[int]
-    media: tuple[tuple[MediaKind, bytes, MediaInfo], ...] = ()
+    media: tuple[tuple[MediaKind, EncodedMedium, MediaInfo], ...] = ()
     media_spans: tuple[tuple[int, int], ...] = ()
     question: str = ""
     num_features: int = 0
@@ -89,7 +103,7 @@ class Prompt:
     @property
     def pictures(self) -> tuple[bytes, ...]:
         """Encoded pictures in order of appearance."""
-        return tuple(data for kind, data, _ in self.media if kind == "image")
+        return tuple(medium.data for kind, medium, _ in self.media if kind == "image")
 
 
 def make_prompt(request: GenerationRequest, processor: LlavaScaleProcessor) -> Prompt:
@@ -109,11 +123,11 @@ def make_prompt(request: GenerationRequest, processor: LlavaScaleProcessor) -> P
     kind_of = {token_id: kind for kind, token_id in encoder.placeholder_ids.items()}
     ids = encoder.encode_prompt(turns)
     places = [place for place, token_id in enumerate(ids) if token_id in kind_of]
-    found: list[tuple[MediaKind, bytes, MediaInfo]] = []
+    found: list[tuple[MediaKind, EncodedMedium, MediaInfo]] = []
     for place in places:
         kind = kind_of[ids[place]]
-        data = next(waiting[kind])
-        found.append((kind, data, _info(kind, data)))
+        medium = next(waiting[kind])
+        found.append((kind, medium, medium_info(kind, medium)))
     counted = [(kind, counter.count(info, step=None)) for kind, _, info in found]
     blocks = media_blocks(places, counted, encoder.placeholder_ids)
     question = instruction_of(turns)
@@ -134,7 +148,7 @@ def make_prompt(request: GenerationRequest, processor: LlavaScaleProcessor) -> P
 def _signature(
     ids: Sequence[int],
     blocks: Sequence[MediaBlock],
-    media: Sequence[tuple[MediaKind, bytes, MediaInfo]],
+    media: Sequence[tuple[MediaKind, EncodedMedium, MediaInfo]],
     look: str,
 ) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
     """Signature and media spans of a prompt; a video and its sound in turn look like one medium."""
@@ -146,7 +160,7 @@ def _signature(
         start = block.place + block.num_media
         inside = media[len(spans) : len(spans) + block.num_media]
         spans += [(len(signature), len(block.ids))] * block.num_media
-        looks = [_look(data, f"{kind}\n{look}") for kind, data, _ in inside]
+        looks = [_look(medium, f"{kind}\n{look}") for kind, medium, _ in inside]
         signature += [looks[0] if len(looks) == 1 else -1 - (hash(tuple(looks)) >> 1 & _MASK)] * len(block.ids)
     return (*signature, *ids[start:]), tuple(spans)
 
@@ -159,12 +173,12 @@ def load_media(prompt: Prompt, processor: LlavaScaleProcessor) -> Callable[[int]
     """
     transforms = processor.media_transforms
     loaded = []
-    for (kind, data, info), (start, _) in zip(prompt.media, prompt.media_spans, strict=True):
+    for (kind, medium, info), (start, _) in zip(prompt.media, prompt.media_spans, strict=True):
         if kind == "audio" and prompt.change == "blank":
-            data = _silence(info.duration_s)
-        made = transforms[kind](data) if kind == "image" else transforms[kind](data, planned=info)
+            medium, info = EncodedMedium(_silence(info.duration_s)), replace(info, clip=None)
+        made = transforms[kind](medium.data) if kind == "image" else decode_medium(medium, info, transforms[kind])
         if kind != "audio" and prompt.change:
-            made = _changed(made, data, prompt.change, processor.image_transform.background)
+            made = _changed(made, medium.data, prompt.change, processor.image_transform.background)
         grid = processor.token_counter.count(info, step=None).grid
         loaded.append((start, kind, made, grid))
     question = processor.question_inputs([prompt.question]) if loaded else {}
@@ -240,27 +254,26 @@ def decode_pictures(prompt: Prompt, processor: LlavaScaleProcessor) -> list[Tens
     return [transform(data) for data in prompt.pictures]
 
 
-def _look(data: bytes, setting: str) -> int:
+def _look(medium: EncodedMedium, setting: str) -> int:
     """Number below zero, so that it is no token's, for a medium as the model sees it under a compressor or question."""
-    digest = hashlib.blake2b(data, digest_size=8, key=hashlib.blake2b(setting.encode()).digest()).digest()
+    key = hashlib.blake2b(f"{medium.clip} {medium.times_s}\n{setting}".encode()).digest()
+    digest = hashlib.blake2b(medium.data, digest_size=8, key=key).digest()
     return -1 - (int.from_bytes(digest, "little") >> 1)
 
 
-def _info(kind: MediaKind, data: bytes) -> MediaInfo:
-    return probe(PROBED_AS[kind], data)
-
-
-def _encoded(medium: Medium) -> bytes:
-    """Bytes of a medium's file."""
-    if isinstance(medium, bytes):
+def _encoded(medium: Medium) -> EncodedMedium:
+    if isinstance(medium, EncodedMedium):
         return medium
     if isinstance(medium, Image.Image):
-        return _png(medium)
+        return EncodedMedium(_png(medium))
+    file, clip = (medium.file, medium.clip) if isinstance(medium, CutMedium) else (medium, None)
+    if isinstance(file, bytes):
+        return EncodedMedium(file, clip=clip)
     try:
-        return Path(medium).read_bytes()
+        return EncodedMedium(Path(file).read_bytes(), clip=clip)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise SampleError(f"cannot read {medium}: {reason}") from None
+        raise SampleError(f"cannot read {file}: {reason}") from None
 
 
 def _png(picture: Image.Image) -> bytes:

@@ -97,7 +97,7 @@ def precompute(
     device = choose_device(config, ranks)
     precision = choose_precision(config, device)
     model, processor = build_model(config.model, chat_template=config.data.chat_template, seed=config.seed)
-    processor.max_image_pixels = config.data.max_image_pixels
+    processor.set_limits(config.data)
     recipe = plan_recipe(model, replace(config.train, lora=type(config.train.lora)()))
     with ExitStack() as cleanup:
         datasets = _open_all(config, cleanup)

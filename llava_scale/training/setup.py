@@ -151,7 +151,7 @@ def build_parts(config: Config, device: torch.device, ranks: Ranks, skipped_log:
     if not config.data.sources:
         raise ConfigError("data.sources is empty: name at least one folder of shards, data.sources=[{path: SHARDS}]")
     model, processor = build_model(config.model, chat_template=config.data.chat_template, seed=config.seed)
-    processor.max_image_pixels = config.data.max_image_pixels
+    processor.set_limits(config.data)
     features = open_features(config, model, processor, choose_precision(config, device), ranks)
     shared: dict[str, Any] = {
         "seed": config.seed,

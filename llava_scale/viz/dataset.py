@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from llava_scale.data.index import key_hash
 from llava_scale.data.media import decode_image
-from llava_scale.data.records import FRAMES_EXT
+from llava_scale.data.records import FRAMES_EXT, encoded_media
 from llava_scale.errors import ConfigError, SampleError
 from llava_scale.types import MEDIA_KINDS, PLACEHOLDERS
 from llava_scale.viz.dataset_media import CSS, sound_figure, video_figure
@@ -218,7 +218,7 @@ def _card(dataset: ShardedDataset, sample_number: int, model: ModelSide) -> str:
     where = f"<b>{text(dataset.key(sample_number))}</b><span>{text(dataset.shard_name(shard))}</span>"
     try:
         sample = dataset.sample(sample_number)
-        infos = dataset.media_infos(sample_number)
+        infos = _with_clips(dataset.media_infos(sample_number), sample)
         views = view_tokens(sample, infos, model)
         media = "".join(_media(sample, infos, model))
     except SampleError as error:
@@ -229,6 +229,13 @@ def _card(dataset: ShardedDataset, sample_number: int, model: ModelSide) -> str:
     conversation = f"<div{side}>{_tokens(views) if views else _turns(sample)}</div>"
     pictures = f'<div class="media">{media}</div>' if media else ""
     return f'<article class="card sample"><div class="head">{where}{facts}</div>{pictures}{conversation}</article>'
+
+
+def _with_clips(infos: Sequence[MediaInfo], sample: Sample) -> list[MediaInfo]:
+    """What the index says of the media, and of clips where they lie."""
+    media = encoded_media(sample)
+    clips = [medium.clip for kind in MEDIA_KINDS for medium in media.get(kind, ())]
+    return [replace(info, clip=clip) if clip else info for info, clip in zip(infos, clips, strict=True)]
 
 
 def _extra(sample: Sample) -> str:
@@ -280,11 +287,13 @@ def _picture_pair(ordinal: int, ext: str, data: bytes, info: MediaInfo, model: M
 
 def _video(ordinal: int, ext: str, data: bytes, info: MediaInfo, model: ModelSide) -> str:
     stored = "frames" if ext == FRAMES_EXT else _describe(ext, data, info)
-    return video_figure(f"video {ordinal} ({stored})", ext, data, info, model.video, _tokens_of(info, model))
+    title = f"video {ordinal} ({stored})" + (f" from {info.clip[0]:g} s on" if info.clip else "")
+    return video_figure(title, ext, data, info, model.video, _tokens_of(info, model))
 
 
 def _sound(ordinal: int, ext: str, data: bytes, info: MediaInfo, model: ModelSide) -> str:
-    return sound_figure(f"sound {ordinal} ({_describe(ext, data, info)})", ext, data, _tokens_of(info, model))
+    title = f"sound {ordinal} ({_describe(ext, data, info)})"
+    return sound_figure(title, ext, data, _tokens_of(info, model), clip=info.clip)
 
 
 def _tokens_of(info: MediaInfo, model: ModelSide) -> str:

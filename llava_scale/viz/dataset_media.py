@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from llava_scale.types import MediaInfo
+    from llava_scale.types import Clip, MediaInfo
 
 CSS = """
 .strip{display:grid;grid-template-columns:repeat(auto-fill,minmax(84px,1fr));gap:5px}
@@ -83,15 +83,18 @@ def video_figure(
     return f"<figure>{player}{_strip(shown, small=side < _PREVIEW_SIDE // 2)}{_caption(caption)}</figure>"
 
 
-def sound_figure(title: str, ext: str, data: bytes, note: str) -> str:
-    """Player, waveform and spectrogram of a sound, or of the sound track of a video.
+def sound_figure(title: str, ext: str, data: bytes, note: str, *, clip: Clip | None = None) -> str:
+    """Player, waveform and spectrogram of a sound or of the sound track of a video, or of a clip.
 
     Raises:
         SampleError: it cannot be decoded.
     """
-    wave = AudioTransform(sample_rate=_RATE)(data).data
+    start_s, end_s = clip or (0.0, None)
+    wave = AudioTransform(sample_rate=_RATE)(data, start_s=start_s, end_s=end_s).data
     seconds = len(wave) / _RATE
-    if EXTENSIONS.get(ext) == "video":
+    if clip is not None:
+        title, player = f"{title} from {start_s:g} s on", _player("audio", "audio/wav", _wav(wave))
+    elif EXTENSIONS.get(ext) == "video":
         title, player = f"{title} (sound track)", _player("audio", "audio/wav", _wav(wave))
     else:
         player = _player("audio", _MIMES.get(ext, ""), data)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llava_scale.config import ModelConfig
+from llava_scale.config import DataConfig, ModelConfig
 from llava_scale.data.decoding import OtherMedia
 from llava_scale.data.media import probe
 from llava_scale.data.toy.sounds import make_sound
@@ -228,3 +228,18 @@ def test_grids_that_do_not_add_up_are_refused(hearing):
 
 def test_other_media_are_empty_where_there_are_none():
     assert OtherMedia() == OtherMedia([], [])
+
+
+def test_a_run_says_which_media_are_too_long_or_too_damaged(hearing):
+    processor = hearing[1].with_template("plain")
+    assert processor.media_transforms["video"].partial == "forbid"
+    processor.set_limits(DataConfig(partial="allow", max_media_seconds=60.0, max_image_pixels=1_000))
+    again = processor.with_template("native")
+    for kind, transform in again.media_transforms.items():
+        if kind == "image":
+            assert transform.max_pixels == 1_000
+            continue
+        how = transform.transform if kind == "audio" else transform
+        assert (how.partial, how.limits.max_seconds) == ("allow", 60.0)
+    assert (again.video, again.audio) == (processor.video, processor.audio)
+    assert hearing[1].media_transforms["video"].partial == "forbid"

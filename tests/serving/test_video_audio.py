@@ -8,13 +8,18 @@ import pytest
 import torch
 
 from llava_scale.config import ModelConfig
+from llava_scale.data.dataset import open_dataset
+from llava_scale.data.decoding import decode_others
+from llava_scale.data.prepare import MediaOptions
 from llava_scale.data.toy.sounds import make_sound
+from llava_scale.data.write import pack
 from llava_scale.errors import ConfigError, SampleError
+from llava_scale.eval.tasks import questions_of
 from llava_scale.model import build_model
 from llava_scale.serving.batch import read_request
 from llava_scale.serving.chat import AnswerSettings, ChatSession
 from llava_scale.serving.engine import Engine, GenerationRequest
-from llava_scale.serving.prompts import load_media, make_prompt
+from llava_scale.serving.prompts import CutMedium, load_media, make_prompt
 from llava_scale.types import Turn
 from tests.data.media_files import numbered_video, tone_file
 
@@ -151,3 +156,44 @@ def test_a_conversation_about_a_video_with_its_sound_is_saved_as_a_record_says_i
     session.media["audio"] = tuple(reversed((*session.media["audio"], replace(session.media["audio"][0], path="x"))))
     with pytest.raises(ConfigError, match="sounds stand before"):
         session.save(tmp_path / "other.json")
+
+
+def test_a_clip_is_answered_as_a_file_that_holds_no_more(parts, requests):
+    _, processor = parts
+    video, sound = (requests[0].media[kind][0] for kind in ("video", "audio"))
+    cut = {"video": (CutMedium(video, (1.0, 2.0)),), "audio": (CutMedium(sound, (0.5, None)),)}
+    prompt = make_prompt(replace(requests[0], media=cut), processor)
+    whole = make_prompt(requests[0], processor)
+    assert [info.duration_s for _, _, info in prompt.media] == pytest.approx([1.0, 1.5], abs=0.06)
+    assert prompt.signature != whole.signature
+    made = load_media(prompt, processor)(0)
+    how = processor.video_transform
+    assert torch.equal(made["pixel_values_videos"], how(video, start_s=1.0, end_s=2.0).data)
+    assert made["audio_lengths"].sum() < load_media(whole, processor)(0)["audio_lengths"].sum()
+    silent = load_media(make_prompt(replace(requests[0], media=cut, change="blank"), processor), processor)(0)
+    assert torch.equal(silent["audio_lengths"], made["audio_lengths"])
+
+
+def test_a_line_of_a_file_may_use_clips(tmp_path):
+    record = {"question": "which?", "video": "a.mp4", "audio": ["a.wav", "b.mp3"], "video_audio": True}
+    request = read_request({**record, "video_clips": [2, 4.5], "audio_clips": [None, [0, 1]]}, tmp_path)
+    assert request.media["video"] == [CutMedium(tmp_path / "a.mp4", (2.0, 4.5))]
+    assert request.media["audio"] == [tmp_path / "a.wav", CutMedium(tmp_path / "b.mp3", (0.0, 1.0))]
+    with pytest.raises(SampleError, match="video_clips"):
+        read_request({**record, "video_clips": [[1, 2], [3, 4]]}, tmp_path)
+
+
+def test_frames_stored_ahead_are_asked_as_they_are_trained(parts, tmp_path):
+    _, processor = parts
+    (tmp_path / "a.mp4").write_bytes(numbered_video(times_ms=tuple(range(0, 2000, 125))))
+    turns = [{"from": "human", "value": "<video> which?"}, {"from": "gpt", "value": "one"}]
+    (tmp_path / "in.json").write_text(json.dumps([{"id": "k", "video": "a.mp4", "conversations": turns}]))
+    options = MediaOptions(image_size=processor.image_size, video_frames=12)
+    pack(tmp_path / "in.json", tmp_path / "out", media_root=tmp_path, options=options)
+    data = open_dataset(str(tmp_path / "out"))
+    sample, (info,) = data.sample(0), data.media_infos(0)
+    (question,) = questions_of(sample, 0)
+    prompt = make_prompt(GenerationRequest(turns=question.turns, media=question.media), processor)
+    assert prompt.media[0][2] == info
+    trained = decode_others(sample, [info], processor.media_transforms).frames[0]
+    assert torch.equal(load_media(prompt, processor)(0)["pixel_values_videos"], trained)

@@ -24,12 +24,12 @@ from tests.data.media_files import numbered_video, tone_file
 CLIP = numbered_video(times_ms=tuple(range(0, 2000, 100)), sound="aac")
 
 
-def packed(folder, name, **options):
+def packed(folder, name, clips=None, **options):
     for file, data in (("clip.mp4", CLIP), ("tone.flac", tone_file("flac", "flac", 16_000, seconds=1.0))):
         (folder / file).write_bytes(data)
     turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a tone"}]
     records = [
-        {"id": "both", "video": "clip.mp4", "video_audio": True, "conversations": turns},
+        {"id": "both", "video": "clip.mp4", "video_audio": True, "conversations": turns, **(clips or {})},
         {"id": "tone", "audio": "tone.flac", "conversations": turns},
     ]
     (folder / "in.json").write_text(json.dumps(records))
@@ -61,6 +61,15 @@ def test_a_video_is_played_and_its_frames_are_those_of_the_model(tiny, tmp_path)
     assert f"{counted.num_tokens} tokens and {counted.num_positions - counted.num_tokens} of time stamps" in page
     views = view_tokens(data.sample(0), data.media_infos(0), tiny)
     assert [view.num_tokens for view in views if view.kind == "video"] == [counted.num_positions]
+
+
+def test_of_a_clip_only_its_frames_and_its_sound_are_shown(tiny, tmp_path):
+    data = packed(tmp_path, "shards", clips={"video_clips": [1.0, 1.8]})
+    page = write_samples_page(data, [0], tmp_path / "page.html", tiny).read_text()
+    for time in ("1.10 s", "1.30 s", "1.50 s", "1.70 s"):
+        assert f">{time}<" in page
+    assert page.count("from 1 s on") >= 2  # of the video and of the sound
+    assert ">0.80 s<" in page
 
 
 def test_a_sound_is_played_drawn_and_counted(tiny, tmp_path):
