@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from llava_scale.config import load_config
 from llava_scale.data.toy.samples import write_toy
@@ -22,15 +31,19 @@ SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "nu
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """Stand-ins in the formats of CLIP and Qwen2, and shards of all modalities."""
+    """Stand-ins in the formats of CLIP, SigLIP, Qwen2 and Vicuna, and shards of all modalities."""
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
     vision = CLIPVisionConfig(**{**SIZES, "num_hidden_layers": 3}, image_size=336, patch_size=14)
     CLIPVisionModel(vision).save_pretrained(folder / "clip")
+    sharper = SiglipVisionConfig(**{**SIZES, "num_hidden_layers": 3}, image_size=384, patch_size=14)
+    SiglipVisionModel(sharper).save_pretrained(folder / "siglip")
     tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(folder / "qwen")
+    for name in ("qwen", "vicuna"):
+        tokenizer.save_pretrained(folder / name)
     sizes = {**SIZES, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
     Qwen2ForCausalLM(Qwen2Config(**sizes)).save_pretrained(folder / "qwen")
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder / "vicuna")
     for name in ("video", "audio", "video_audio"):
         toy = folder / f"toy-{name}"
         write_toy(toy, num_samples=6, num_test=1, seed=1, modalities=(name,))
@@ -38,12 +51,12 @@ def parts(tmp_path_factory):
     return folder
 
 
-def settings_of(name, parts, *changes):
+def settings_of(name, parts, *changes, data=""):
     """The recipe on the stand-ins."""
     return load_config(
         ROOT / "configs" / f"{name}.yaml",
         [
-            f"data.sources=[{{path: {parts / name}}}]",
+            f"data.sources=[{{path: {parts / (data or name)}}}]",
             f"data.cache_dir={parts / 'cache'}",
             f"train.output_dir={parts / 'run'}",
             "data.num_workers=0",
@@ -86,3 +99,13 @@ def test_each_recipe_starts_on_what_the_one_before_it_leaves(parts):
     assert "vision_tower" not in trained
     assert batch.rows[0].video_num_tokens
     assert batch.rows[0].audio_num_tokens
+
+
+def test_the_recipe_with_siglip_says_the_time_of_each_frame(parts):
+    own = [f"model.language_model={parts / 'vicuna'}", f"model.vision_tower={parts / 'siglip'}"]
+    config = settings_of("video_siglip", parts, *own, data="video")
+    _, batch = dry_run(config)
+    row = batch.rows[0]
+    assert set(row.video_num_tokens) == {16 * 14 * 14}
+    assert set(row.video_grids) == {(16, 27, 27)}
+    assert len(row.input_ids) <= config.data.packing.row_length
