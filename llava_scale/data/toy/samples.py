@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _NUM_TURNS = (1, 1, 1, 1, 1, 1, 2, 3)
 """Questions in a conversation, drawn with equal chances. Most have one: what earlier answers tell need not be seen."""
 
-_TELL_ALL_SHARE = 0.3
+_TELL_ALL_SHARE = 0.25
 _PART = 500  # samples that one process makes at a time
 
 
@@ -68,7 +68,7 @@ def make_one_picture(rng: random.Random, split: Split, num_turns: int) -> ToySam
     scene = draw_scene(rng, split)
     if split == "train" and rng.random() < _TELL_ALL_SHARE:
         return ToySample((_picture(rng, scene),), (tell_all(rng, scene),))
-    return ToySample((_picture(rng, scene),), different_questions(lambda: ask_about_one(rng, scene), num_turns))
+    return ToySample((_picture(rng, scene),), different_questions(lambda: ask_about_one(rng, scene, split), num_turns))
 
 
 def make_two_pictures(rng: random.Random, split: Split, num_turns: int) -> ToySample:
@@ -85,9 +85,9 @@ def make_text(rng: random.Random, split: Split, num_turns: int) -> ToySample:
 
 
 MAKERS: dict[str, dict[Callable[[random.Random, Split, int], ToySample], float]] = {
-    "image": {make_one_picture: 0.84, make_two_pictures: 0.08},
+    "image": {make_one_picture: 0.87, make_two_pictures: 0.05},
     "text": {make_text: 0.05},
-    "video": {make_clip: 0.3},
+    "video": {make_clip: 0.31},
     "audio": {make_sound: 0.06},
     "video_audio": {make_sight_and_sound: 0.05},
 }
@@ -108,9 +108,9 @@ def write_toy(
     """Write ``train.json``, ``test.json`` and ``media/`` into ``out``.
 
     The combinations of things in test pictures never occur in training pictures
-    (:func:`llava_scale.data.toy.scenes.is_held_out`). Conversations have one to three questions; three training
-    pictures in ten come with a question that asks for everything. The field ``task`` names the skill, or ``dialogue``
-    where there are several turns.
+    (:func:`llava_scale.data.toy.scenes.is_held_out`). Conversations have one to three questions; a quarter of the
+    training pictures comes with a question that asks for everything. The field ``task`` names the skill, or
+    ``dialogue`` where there are several turns.
 
     Args:
         out: Folder; existing files of the same name are replaced.
