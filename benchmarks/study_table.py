@@ -131,11 +131,11 @@ def draw_losses(runs: list[Run], title: str) -> bytes:
                           xytext=(0, 4), textcoords="offset points")  # fmt: skip
     axes.set_yscale("log")  # what does not learn would flatten the rest
     for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        which("{x:.2g}")
+        which("{x:.3g}")
     axes.set_xticks(range(len(counts)), [f"{count:.0f} tokens" for count in counts], fontsize=8)
     axes.set_title(title, loc="left", fontsize=10, color="#1b1f24")
     axes.set_ylabel("held-out loss, nats a supervised token", fontsize=8, color="#5b6472")
-    axes.margins(y=0.18)
+    axes.margins(y=0.28)  # room for the names
     axes.grid(axis="y", which="both", color="#e6e8ec", linewidth=0.8)
     axes.tick_params(which="both", labelsize=8, length=0)
     for side in ("top", "right", "left"):
