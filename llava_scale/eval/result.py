@@ -14,8 +14,10 @@ from PIL import Image
 from llava_scale.data.files import write_atomic
 from llava_scale.data.media import decode_image
 from llava_scale.errors import ConfigError, SampleError
+from llava_scale.types import EncodedMedium
 
 if TYPE_CHECKING:
+    from llava_scale.data.video import VideoTransform
     from llava_scale.eval.likelihood import CaptionRanking
     from llava_scale.eval.metrics import Share
     from llava_scale.types import SkippedSample
@@ -25,6 +27,8 @@ FORMAT = 1
 
 THUMBNAIL = 320
 """Longest side of the pictures kept beside the result, in pixels."""
+
+_FRAMES_IN_ROW, _MAX_FRAMES = 4, 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +43,7 @@ class Example:
         gold: True answer.
         answer: The model's.
         correct: Whether they match.
-        pictures: Small JPEGs of the question's pictures.
+        pictures: Small JPEGs of the question's pictures, and of the frames of each of its videos.
     """
 
     key: str
@@ -160,6 +164,38 @@ def thumbnail(data: bytes, *, max_pixels: int) -> bytes:
         return b""
     picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    return _jpeg(picture)
+
+
+def film_strip(video: bytes | EncodedMedium, transform: VideoTransform) -> bytes:
+    """Small JPEG of the frames that the model sees, row by row; empty where they cannot be decoded.
+
+    Args:
+        video: A file, or frames stored ahead of time.
+        transform: How the model sees it. Of more than 16 frames, 16 are shown, evenly apart.
+    """
+    known = video if isinstance(video, EncodedMedium) else EncodedMedium(video)
+    start_s, end_s = known.clip or (0.0, None)
+    try:
+        if known.times_s is None:
+            frames = transform(known.data, start_s=start_s, end_s=end_s).data
+        else:
+            frames = transform.stored(known.data, known.times_s).data
+    except SampleError:
+        return b""
+    number = min(len(frames), _MAX_FRAMES)
+    shown = [frames[place * len(frames) // number] for place in range(number)]
+    side = min(frames.shape[-1], THUMBNAIL // _FRAMES_IN_ROW)
+    rows = -(-len(shown) // _FRAMES_IN_ROW)
+    strip = Image.new("RGB", (min(len(shown), _FRAMES_IN_ROW) * (side + 2), rows * (side + 2)), "white")
+    for place, frame in enumerate(shown):
+        row, column = divmod(place, _FRAMES_IN_ROW)
+        tile = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize((side, side))
+        strip.paste(tile, (column * (side + 2) + 1, row * (side + 2) + 1))
+    return _jpeg(strip)
+
+
+def _jpeg(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=88)
     return buffer.getvalue()

@@ -14,7 +14,7 @@ import torch
 from llava_scale.errors import ConfigError, SampleError
 from llava_scale.eval.likelihood import CaptionRanking, HeldOutLoss, RowMaker, rank_captions
 from llava_scale.eval.metrics import Share, blind_matches, exact_match, share_of
-from llava_scale.eval.result import EvalResult, Example, thumbnail
+from llava_scale.eval.result import EvalResult, Example, film_strip, thumbnail
 from llava_scale.eval.tasks import MODALITIES, BlindGenerate, Generate, Question, questions_of
 from llava_scale.types import SkippedSample
 
@@ -269,6 +269,7 @@ class _Evaluation:
             asked = next(other for other in questions_of(sample, question.number) if other.turns == question.turns)
             shown = [data for data in asked.media.get("image", ()) if isinstance(data, bytes)]
             small = [thumbnail(data, max_pixels=transform.max_pixels) for data in shown]
+            small += [film_strip(video, self.processor.video_transform) for video in asked.media.get("video", ())]
             yield Example(
                 key=question.key,
                 task=question.task,
