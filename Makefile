@@ -9,8 +9,8 @@ install: $(STAMP) ## make the virtual environment with pinned packages
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[image,remote,plot,lora,dev]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[image,remote,plot,lora,dev]'
 	touch $(STAMP)
 
 quickstart: install ## synthetic data -> shards -> training -> held-out scores -> report
@@ -23,14 +23,14 @@ test: install lint ## the fast suite
 	$(BIN)/pytest -n 2 -m "not slow and not gpu"
 
 test-all: install lint ## everything that needs no GPU; installs what the service tests talk to
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[services,docs,demo,browser]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[services,docs,demo,browser]'
 	$(BIN)/pytest -n 2 -m "not gpu" --timeout 1800
 
 test-gpu: install ## what needs a CUDA device
 	$(BIN)/pytest -m gpu
 
 docs: install ## the documentation as web pages, in docs/_build/html
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
 bench: install ## ratios against peers
