@@ -16,6 +16,7 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from llava_scale.errors import ConfigError, ShapeError
 from llava_scale.towers.base import PixelNormalizer, import_encoder, remember_constants
+from llava_scale.towers.patches import use_patch_products
 
 FeatureSelect = Literal["patch", "full"]
 
@@ -113,6 +114,7 @@ class TransformersVisionTower(VisionTower):
         )
         self.model = AutoModel.from_config(config) if model is None else model
         cut_at_layer(self.model, feature_layer)
+        use_patch_products(self.model)
         self._call_kwargs = self.size_kwargs(self.model, image_size)
         shape = _output_shape(config, feature_layer, image_size, self._call_kwargs)
         self.hidden_size = shape[1] if len(shape) == 4 else shape[2]

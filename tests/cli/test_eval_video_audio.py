@@ -17,7 +17,7 @@ from llava_scale.model import build_model
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
-    write_toy(folder, num_samples=1, num_test=10, seed=3, modalities=("video", "audio", "video_audio"))
+    write_toy(folder, num_samples=1, num_test=30, seed=3, modalities=("video", "audio", "video_audio"))
     pack(folder / "test.json", folder / "shards", media_root=folder)
     return folder / "shards"
 
