@@ -162,7 +162,6 @@ class Planner:
         self._step = state.step
         self._rejected: list[Draw] = []
         self._remembered: dict[int, tuple[tuple[MediaInfo, ...], int | None]] = {}
-        self._forgot = False
         self._restore(state)
 
     def steps(self) -> Iterator[StepPlan]:
@@ -195,18 +194,9 @@ class Planner:
 
     def _enter_step(self) -> None:
         """Count all waiting samples for the step that is planned now."""
-        if self._endless and (self._forgot or self._counts_changed()):
-            self._forget()
-            self._forgot = False
+        if self._endless:
+            self._remembered.clear()
             self._rejected += self._pool.remeasure(self._length_of)
-
-    def _counts_changed(self) -> bool:
-        """Whether any media met so far take another number of tokens at this step than they took before."""
-        return any(self._count(media) != tokens for media, tokens in self._remembered.values())
-
-    def _forget(self) -> None:
-        self._remembered.clear()
-        self._forgot = True
 
     def _plan_row(self, row: int) -> RowPlan:
         self._fill_pool()
@@ -277,7 +267,7 @@ class Planner:
         if known is not None:
             return known[1]
         if len(self._remembered) >= _MAX_REMEMBERED:
-            self._forget()
+            self._remembered.clear()
         tokens = self._count(media)
         self._remembered[id(media)] = (media, tokens)  # holding it keeps its identity its own
         return tokens

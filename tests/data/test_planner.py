@@ -152,6 +152,21 @@ def test_counts_are_those_of_the_step_that_uses_the_row():
         assert len(plan.rows[0].samples) == ROW // length
 
 
+def test_the_work_of_a_step_does_not_grow_with_the_run():
+    dataset = MemoryDataset(lengths=[2] * 900, images=[1] * 900, shard_size=1)
+    calls = 0
+
+    class Counting(RampCounter):
+        def count(self, info, *, step):
+            nonlocal calls
+            calls += 1
+            return super().count(info, step=step)
+
+    planner = make_planner([dataset], counter=Counting(), rows_per_step=1, lookahead=2)
+    done = [calls for _ in islice(planner.steps(), 120)]
+    assert done[-1] - done[60] <= done[60] - done[0]
+
+
 def test_a_sample_that_grows_beyond_the_row_is_rejected():
     dataset = MemoryDataset(lengths=[2] * 50, images=[1] * 50)
     plans = list(islice(make_planner([dataset], counter=RampCounter(20, 10), rows_per_step=1).steps(), 4))
