@@ -182,7 +182,11 @@ class _Fitter:
         quarters = round(getattr(frame, "rotation", 0) / 90) % 4
         if quarters:
             pixels = np.ascontiguousarray(np.rot90(pixels, quarters))
-        self._image.from_tensor(torch.from_numpy(pixels).permute(2, 0, 1), out=out)
+        square = out.permute(1, 2, 0).numpy()
+        if pixels.shape == square.shape:
+            square[...] = pixels
+        else:
+            self._image.from_tensor(torch.from_numpy(pixels).permute(2, 0, 1), out=out)
 
 
 def _pixels(frame: Any) -> NDArray[np.uint8]:
