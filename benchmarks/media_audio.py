@@ -26,6 +26,7 @@ from common import machine, parser, save, table
 from torch import Tensor
 
 from llava_scale.data.audio import AudioTransform
+from llava_scale.data.prepare import MediaOptions, prepare
 from llava_scale.towers import beats
 from llava_scale.towers.beats import BeatsTower
 from llava_scale.towers.beats_config import BeatsConfig
@@ -191,6 +192,19 @@ def decoding(rounds: int, seconds: int) -> tuple[list[list[str]], dict[str, list
     return rows, results
 
 
+def stored(rounds: int, seconds: int) -> list[list[str]]:
+    """Sounds that `data pack --audio-rate 16000` stored, against decoding the files that they come from."""
+    rows, how = [], AudioTransform()
+    for name in ("mp3 44.1 kHz stereo", "m4a 44.1 kHz stereo", "opus 48 kHz mono"):
+        data = make_sound(*FILES[name], seconds)
+        prepared = prepare("audio", 0, data, MediaOptions(audio_rate=16_000))
+        assert prepared is not None
+        kept = prepared.media[0].data
+        ways = {"stored": lambda kept=kept: how(kept), "file": lambda data=data: how(data)}
+        rows.append(line(f"{seconds} s, {name}", against(ways, rounds)))
+    return rows
+
+
 def main() -> None:
     """Measure and print."""
     options = parser(__doc__ or "")
@@ -200,6 +214,7 @@ def main() -> None:
     rows, results = compare(args.rounds)
     print(machine())
     print(table(["what", "first", "second", "second against first"], rows))
+    print(table(["sound", "first", "second", "second against first"], stored(args.rounds, 30)))
     decoded, more = decoding(args.rounds, args.seconds)
     print(table([f"{args.seconds} s of sound to 16 kHz", "times real time (CPU)", "30 s clip, CPU ms"], decoded))
     save(args.json, {**results, **more})

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from llava_scale.data.media import ImageTransform
 
 _MAX_FRAMES = 1_000  # more would be a mistake: a frame number has nine digits, a row of tokens far fewer
-_FLAC_BLOCK = 4_096
+_FLAC_BLOCK = 4_608
+# Quick to decode: large frames, short predictors; 4 % more bytes than usual.
+_FLAC = {"frame_size": str(_FLAC_BLOCK), "compression_level": "2"}
 _TRACK_RATE = 16_000  # what audio towers hear
 
 
@@ -171,7 +173,7 @@ def _flac(wave: Tensor, rate: int) -> bytes:
     buffer = io.BytesIO()
     samples = (wave * 32_768).round_().clamp_(-32_768, 32_767).short().numpy()
     with av.open(buffer, mode="w", format="flac", options={"fflags": "+bitexact"}) as output:
-        stream: Any = output.add_stream("flac", rate=rate, layout="mono")
+        stream: Any = output.add_stream("flac", rate=rate, layout="mono", options=_FLAC)
         for start in range(0, len(samples), _FLAC_BLOCK):
             frame = av.AudioFrame.from_ndarray(samples[None, start : start + _FLAC_BLOCK], format="s16", layout="mono")
             frame.sample_rate = rate

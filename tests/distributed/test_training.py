@@ -117,7 +117,7 @@ def of_all_media(shards):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ranks_with_different_kinds_of_media_compute_what_one_computes(make_tree, all_media):
-    settings = of_all_media(all_media) | {"steps": 2, "rows_per_step": 8}
+    settings = of_all_media(all_media) | {"steps": 5, "rows_per_step": 8}  # every sample once
     alone = make_tree("alone", **settings)
     jobs.train(Ranks(), alone)
     trees = [make_tree(name, parallel={"strategy": name}, **settings) for name in ("ddp", "fsdp2")]
