@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,9 @@ from llava_scale.types import Grid
 
 QUERY_STD = 0.02
 """Standard deviation of learned queries at the start, as usual for embeddings."""
+
+BRANCH_SCALE = 0.1
+"""What attention and feed-forward add to pooled queries at the start, as a share of what a fresh layer would."""
 
 
 Recorder = Callable[[Tensor], object]
@@ -164,14 +167,25 @@ class SwinQFormer(QueryCompressor):
         self.norm_out = nn.LayerNorm(width)
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all parameters afresh from the global generator."""
+        """Draw all parameters afresh from the global generator.
+
+        What the layers add begins small, and pooled tokens keep their geometry: training starts near average pooling.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.LayerNorm):
                 module.reset_parameters()
         for parameter in (self.queries, self.null_instruction):
             if parameter is not None:
                 nn.init.normal_(parameter, std=QUERY_STD)
+        if self.pool is not None:
+            width, in_width = self.pool.weight.shape
+            nn.init.eye_(self.pool.weight) if width == in_width else nn.init.orthogonal_(self.pool.weight)
+            nn.init.zeros_(self.pool.bias)
+            for last in (last for layer in self.layers for last in cast("SwinQFormerLayer", layer).last_maps()):
+                last.weight.mul_(BRANCH_SCALE)
+                nn.init.zeros_(last.bias)
 
     def answer(self, x_BND: Tensor, grid: Grid, windows: Windows, instruction: Instruction | None) -> Tensor:
         """Answers ``(B, Q, C)`` of one set of queries to each of ``x_BND``."""
@@ -228,6 +242,10 @@ class SwinQFormerLayer(nn.Module):
         self.look = CrossAttention(width, in_width, num_heads)
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def last_maps(self) -> list[nn.Linear]:
+        """The maps whose results are added to the queries."""
+        return [*(part.out_proj for part in (self.read, self.look) if part), cast("nn.Linear", self.mlp[-1])]
 
     def forward(
         self, queries: Tensor, tokens: NormedTokens, windows: Windows, instruction: Instruction | None
