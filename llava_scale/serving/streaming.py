@@ -8,13 +8,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Sequence
 
 _UNFINISHED = "�"
+_LONGEST_CHARACTER = 4
+"""Bytes, and so tokens, of the longest characters."""
 
 
 class TextStream:
     """Text of an answer as its tokens come; the pieces together are the stripped text of all of them.
 
     Characters made of several tokens are held back until they are whole, space until something follows it, and what
-    could be the beginning of a stop text until it is known.
+    could be the beginning of a stop text until it is known. A token's work does not grow with the answer.
 
     Args:
         decode: Token ids to text.
@@ -28,20 +30,20 @@ class TextStream:
     def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
         self._decode = decode
         self._stops = [stop for stop in stops if stop]
-        self._seen: list[int] = []
+        self.num_tokens = 0
+        self._text = self._settled = ""
+        # decoders treat the first token otherwise: the last settled ones are decoded before what is new
+        self._context: list[int] = []
+        self._context_text = ""
+        self._fresh: list[int] = []
         self._given = 0
         self.stopped = False
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that came."""
-        return len(self._seen)
-
     def push(self, token_id: int) -> str:
         """Take one token; return the text that is certain now, often nothing."""
-        self._seen.append(token_id)
-        # only the last character can still change: what stands before it is whole, or will never be
-        text = self._decode(self._seen).lstrip().removesuffix(_UNFINISHED)
+        self.num_tokens += 1
+        self._decode_on(token_id)
+        text = self._whole_characters().lstrip()
         cut = self._cut(text)
         if cut is not None:
             return self._give(text[:cut].rstrip())
@@ -51,9 +53,24 @@ class TextStream:
         """What was held back to the end."""
         if self.stopped:
             return ""
-        text = self._decode(self._seen).strip()
+        text = self._text.strip()
         cut = self._cut(text)
         return self._give(text if cut is None else text[:cut].rstrip())
+
+    def _decode_on(self, token_id: int) -> None:
+        """Bring the text up to date; only the tokens since the last whole character are decoded."""
+        self._fresh.append(token_id)
+        decoded = self._decode([*self._context, *self._fresh])
+        self._text = self._settled + decoded[len(self._context_text) :]
+        if len(self._text) > len(self._settled) and not self._text.endswith(_UNFINISHED):
+            self._settled, self._context, self._fresh = self._text, self._fresh, []
+            self._context_text = self._decode(self._context)
+
+    def _whole_characters(self) -> str:
+        """Text without the end that can still change; what stands before that is whole, or will never be."""
+        if len(self._fresh) < _LONGEST_CHARACTER:  # some decoders write each byte of an unfinished character by itself
+            return self._text.rstrip(_UNFINISHED)
+        return self._text.removesuffix(_UNFINISHED)
 
     def _cut(self, text: str) -> int | None:
         found = [place for place in map(text.find, self._stops) if place >= 0]
