@@ -164,9 +164,10 @@ def rows_filled(options: argparse.Namespace, mix: str, row_length: int = 4096, c
 
 
 def step_memory(options: argparse.Namespace, mix: str, name: str) -> float:
-    """GiB that the first step adds to a process that holds model and optimizer; called in a process of its own."""
+    """GiB that a step adds to a process that holds model and optimizer with its moments; in a process of its own."""
     runner = runners(options)[name]()
     samples = draw(options, mix, 0)
+    runner.step(samples[:1])  # makes the moments, and needs less than all samples
     gc.collect()
     before = resident()
     runner.step(samples)
