@@ -61,6 +61,7 @@ def _print(found: Estimate, *, hardware: str) -> None:
         "gradients": memory.gradients,
         "optimizer": memory.optimizer,
         "activations": memory.activations,
+        "block in work": memory.working,
         "logits": memory.logits,
     }
     shown = " + ".join(f"{size / _GIB:.2f} {name}" for name, size in parts.items() if size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,6 +65,7 @@ class RankMemory:
         gradients: Of the trained ones.
         optimizer: Its moments: two a parameter, one where Muon updates it.
         activations: Held for the backward pass of one row, casts of weights included.
+        working: Gradients of one block's activations, and where these are computed again, the activations themselves.
         logits: Of the supervised positions, and their gradient.
     """
 
@@ -73,12 +74,13 @@ class RankMemory:
     gradients: float
     optimizer: float
     activations: float
+    working: float
     logits: float
 
     @property
     def total(self) -> float:
         """Sum of all."""
-        return self.weights + self.gathered + self.gradients + self.optimizer + self.activations + self.logits
+        return sum(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,13 +251,14 @@ def rank_memory(
             gradients += size / (1 if whole_gradients else shards)
             one = config.train.optimizer == "muon" and takes_muon(name, value)
             moments += (1 if one else 2) * size / shards
-    activations, logits = held_bytes(model, config, row_tokens=row_tokens, supervised=supervised, half=half)
+    held, working, logits = held_bytes(model, config, row_tokens=row_tokens, supervised=supervised, half=half)
     return RankMemory(
         weights=weights,
         gathered=_gathered(model, sharded, parallel.param_dtype == "bfloat16" and half) if shards > 1 else 0.0,
         gradients=gradients * (2 if num_ranks > 1 and shards == 1 else 1),  # DDP's buckets
         optimizer=moments,
-        activations=activations,
+        activations=held,
+        working=working,
         logits=logits,
     )
 
@@ -271,8 +274,10 @@ def _gathered(model: nn.Module, sharded: set[str], half: bool) -> float:
     return float(root + 2 * stack / max(len(blocks), 1))
 
 
-def held_bytes(model: Any, config: Config, *, row_tokens: int, supervised: int, half: bool) -> tuple[float, float]:
-    """Bytes that the backward pass of one row needs: inside the language model, and for the logits."""
+def held_bytes(
+    model: Any, config: Config, *, row_tokens: int, supervised: int, half: bool
+) -> tuple[float, float, float]:
+    """Bytes that the backward pass of one row needs: held in the language model, while a block is worked on, logits."""
     recompute = config.train.gradient_checkpointing
     with FakeTensorMode(allow_non_fake_inputs=True):
         language = _with_fake_weights(model.language_model)
@@ -285,14 +290,14 @@ def held_bytes(model: Any, config: Config, *, row_tokens: int, supervised: int, 
                 inputs_embeds=embeds, position_ids=positions, attention_mask=None, use_cache=False
             ).last_hidden_state
         inside = float(counter.total)
+    working = block = inside / max(layers, 1)
     if recompute:
-        stream = row_tokens * embeds.shape[-1] * hidden.element_size()
-        inside = inside / max(layers, 1) + layers * stream
+        inside, working = layers * row_tokens * embeds.shape[-1] * float(hidden.element_size()), 2 * block
     vocabulary = model.config.text_config.vocab_size
     at_once = min(config.train.loss_chunk, supervised)
     # Scores in the type of the matrix work, in float32, their log-softmax, and the gradient of both.
     logits = at_once * vocabulary * (2 + 4 + 4 + 4 + 2 if half else 4 + 4 + 4)
-    return inside, float(logits)
+    return inside, working, float(logits)
 
 
 class _HeldBytes(torch.autograd.graph.saved_tensors_hooks):

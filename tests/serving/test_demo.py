@@ -167,7 +167,6 @@ def test_settings_stay_as_they_are():
         SETTINGS.max_new_tokens = 3
 
 
-@pytest.mark.slow
 def test_the_page_in_a_real_browser(hearing, picture, clip, tmp_path):
     pytest.importorskip("gradio", reason="the extra [demo] is not installed")
     pytest.importorskip("matplotlib", reason="the extra [demo] is not installed")

@@ -58,7 +58,7 @@ def test_held_activations_are_those_of_a_real_pass(half):
     counter = _HeldBytes(real)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half), counter:
         real(**{**row_inputs(text_row(512)), "labels": torch.full((1, 512), -100)})
-    activations, _ = held_bytes(prepared(config), config, row_tokens=512, supervised=10, half=half)
+    activations, _, _ = held_bytes(prepared(config), config, row_tokens=512, supervised=10, half=half)
     assert activations == pytest.approx(counter.total, rel=0.15)
 
 
