@@ -80,7 +80,7 @@ class RankMemory:
     @property
     def total(self) -> float:
         """Sum of all."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return float(sum(getattr(self, field.name) for field in fields(self)))
 
 
 @dataclass(frozen=True, kw_only=True)
