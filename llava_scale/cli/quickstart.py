@@ -6,7 +6,10 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -125,16 +128,39 @@ def _pack(toy: Path, train_shards: Path, test_shards: Path) -> None:
 
 def _train(config: Config) -> None:
     """Train, or go on with a training of the same settings that was cut off."""
-    from llava_scale.cli.train import run
+    from llava_scale.config import to_yaml
 
     folder = Path(config.train.output_dir)
     saved = folder / "config.yaml"
     unfinished = saved.exists() and not (folder / "final").exists() and _same_settings(config, saved)
     if folder.exists() and not unfinished:
         shutil.rmtree(folder)  # an earlier quickstart with other settings
-    code = run(config, resume=unfinished)
+    recipe = folder.with_name(f"{folder.name}.yaml")
+    recipe.write_text(to_yaml(config), encoding="utf-8")
+    code = _train_in_processes(recipe, _num_processes(config), resume=unfinished)
     if code:
         raise typer.Exit(code)
+
+
+def _num_processes(config: Config) -> int:
+    """One for each core on a CPU, as far as rows can be shared: kernels of a small model gain little from threads."""
+    import torch
+
+    if torch.cuda.is_available():
+        return 1
+    cores, rows = len(os.sched_getaffinity(0)), config.train.rows_per_step
+    return max(number for number in range(1, cores + 1) if rows % number == 0)
+
+
+def _train_in_processes(recipe: Path, number: int, *, resume: bool) -> int:
+    """Run ``llava-scale train`` under torchrun; return its exit code. An interrupt is left to it, so that it saves."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+    command = [*torchrun, "--module", "llava_scale", "train", str(recipe), *(["--resume"] if resume else [])]
+    threads = str(max(1, len(os.sched_getaffinity(0)) // number))
+    with subprocess.Popen(command, env={"OMP_NUM_THREADS": threads, **os.environ}) as child:
+        while True:
+            with suppress(KeyboardInterrupt):
+                return child.wait()
 
 
 def _same_settings(config: Config, saved: Path) -> bool:

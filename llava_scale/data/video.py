@@ -178,7 +178,7 @@ class _Fitter:
         factor = self._image.reduction(width, height)
         size = {"width": width // factor, "height": height // factor} if factor > 1 else {}
         method = "AREA" if factor > 1 else "BILINEAR"
-        pixels = _pixels(self._reformatter.reformat(frame, format="rgb24", interpolation=method, **size))
+        pixels = _pixels(self._reformatter.reformat(frame, format="rgb24", interpolation=method, threads=1, **size))
         quarters = round(getattr(frame, "rotation", 0) / 90) % 4
         if quarters:
             pixels = np.ascontiguousarray(np.rot90(pixels, quarters))

@@ -58,19 +58,17 @@ class MuonAdamW(torch.optim.AdamW):
             if parameter.grad is not None:
                 alike[(parameter.shape, parameter.device)].append(parameter)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        for (shape, _), parameters in alike.items():
-            momenta = [self._momentum_of(parameter) for parameter in parameters]
+        for (shape, device), parameters in alike.items():
+            lost = torch.zeros((), device=device) if found_inf is None else found_inf.reshape(())
             gradient = torch.stack([parameter.grad for parameter in parameters])  # type: ignore[misc]
-            momentum = torch.stack(momenta).lerp_(gradient, 1 - _MOMENTUM)
-            update = orthogonalize(gradient.lerp_(momentum, _MOMENTUM)).to(gradient.dtype)
-            update.mul_(-group["lr"] * _ADAMW_RMS * max(shape) ** 0.5)
-            weights = torch.stack(list(parameters))
-            target = weights.mul(1 - group["lr"] * group["weight_decay"]).add_(update)
-            if found_inf is not None:
-                target = torch.where(found_inf.bool(), weights, target)
-                momentum = torch.where(found_inf.bool(), torch.stack(momenta), momentum)
-            torch._foreach_copy_(list(parameters), list(target.unbind()))
-            torch._foreach_copy_(momenta, list(momentum.unbind()))
+            gradient.masked_fill_(lost.bool(), 0)
+            momenta = [self._momentum_of(parameter) for parameter in parameters]
+            torch._foreach_mul_(momenta, _MOMENTUM + (1 - _MOMENTUM) * lost)
+            torch._foreach_add_(momenta, list(gradient.unbind()), alpha=1 - _MOMENTUM)
+            update = orthogonalize(gradient.lerp_(torch.stack(momenta), _MOMENTUM)).to(gradient.dtype)
+            update.mul_(-group["lr"] * _ADAMW_RMS * max(shape) ** 0.5 * (1 - lost))
+            torch._foreach_mul_(list(parameters), 1 - group["lr"] * group["weight_decay"] * (1 - lost))
+            torch._foreach_add_(list(parameters), list(update.unbind()))
 
     def _momentum_of(self, parameter: nn.Parameter) -> Tensor:
         state = self.state[parameter]
@@ -90,7 +88,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     tall = x.shape[-2] > x.shape[-1]
     if tall:
-        x = x.mT
+        x = x.mT.contiguous()
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
