@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from llava_scale.cli.common import Dtype, load_engine, progress
+from llava_scale.cli.processes import run_in_processes
 
 if TYPE_CHECKING:
     from llava_scale.eval.task_file import TaskConfig
@@ -107,18 +106,13 @@ def _prepare(options: TaskOptions) -> str:
 
 def _start(checkpoint: Path, files: Sequence[Path], options: TaskOptions) -> int:
     """Run the same command in several processes of this machine; return their exit code."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
-    command += ["--nproc-per-node", str(options.processes), sys.executable, "-c", _MAIN]
-    command += ["eval", str(checkpoint), "--batch-size", str(options.batch_size)]
-    command += ["--device", options.device, "--dtype", options.dtype]
-    command += ["--out", str(options.out)] if options.out is not None else []
-    command += ["--fresh"] if options.fresh else []
+    arguments = ["eval", str(checkpoint), "--batch-size", str(options.batch_size)]
+    arguments += ["--device", options.device, "--dtype", options.dtype]
+    arguments += ["--out", str(options.out)] if options.out is not None else []
+    arguments += ["--fresh"] if options.fresh else []
     for path in files:
-        command += ["--tasks", str(path)]
-    return subprocess.run(command, check=False).returncode
-
-
-_MAIN = "from llava_scale.cli import main; main()"
+        arguments += ["--tasks", str(path)]
+    return run_in_processes(arguments, options.processes)
 
 
 def print_results(results: Sequence[TaskResult]) -> None:

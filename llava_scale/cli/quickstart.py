@@ -6,15 +6,14 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from llava_scale.cli.processes import run_in_processes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -137,7 +136,7 @@ def _train(config: Config) -> None:
         shutil.rmtree(folder)  # an earlier quickstart with other settings
     recipe = folder.with_name(f"{folder.name}.yaml")
     recipe.write_text(to_yaml(config), encoding="utf-8")
-    code = _train_in_processes(recipe, _num_processes(config), resume=unfinished)
+    code = run_in_processes(["train", str(recipe), *(["--resume"] if unfinished else [])], _num_processes(config))
     if code:
         raise typer.Exit(code)
 
@@ -150,17 +149,6 @@ def _num_processes(config: Config) -> int:
         return 1
     cores, rows = len(os.sched_getaffinity(0)), config.train.rows_per_step
     return max(number for number in range(1, cores + 1) if rows % number == 0)
-
-
-def _train_in_processes(recipe: Path, number: int, *, resume: bool) -> int:
-    """Run ``llava-scale train`` under torchrun; return its exit code. An interrupt is left to it, so that it saves."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
-    command = [*torchrun, "--module", "llava_scale", "train", str(recipe), *(["--resume"] if resume else [])]
-    threads = str(max(1, len(os.sched_getaffinity(0)) // number))
-    with subprocess.Popen(command, env={"OMP_NUM_THREADS": threads, **os.environ}) as child:
-        while True:
-            with suppress(KeyboardInterrupt):
-                return child.wait()
 
 
 def _same_settings(config: Config, saved: Path) -> bool:
