@@ -12,6 +12,8 @@ import av
 import numpy as np
 
 WIDTH, HEIGHT = 160, 96
+# The same frames must give the same bytes: x264's look-ahead reads past the edges of tiny frames.
+_REPEATABLE = {"threads": "1", "x264-params": "threads=1:lookahead-threads=1:rc-lookahead=0:no-mbtree=1"}
 """Of the videos; each of the 16 blocks of a number is an eighth of both."""
 
 
@@ -71,7 +73,8 @@ def numbered_video(
 def _video_stream(output, container, codec, times_ms, options, size):
     span_ms = times_ms[-1] - times_ms[0]
     rate = round(1000 * (len(times_ms) - 1) / span_ms) if span_ms else 25
-    stream = output.add_stream(codec, rate=rate, options=options)
+    repeatable = _REPEATABLE if codec == "libx264" else {}
+    stream = output.add_stream(codec, rate=rate, options=repeatable | options)
     stream.width, stream.height = size
     stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
     stream.codec_context.time_base = Fraction(1, rate) if container == "avi" else Fraction(1, 1000)
