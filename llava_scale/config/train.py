@@ -13,6 +13,7 @@ from llava_scale.errors import ConfigError
 
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
+LearningRateSchedule = Literal["cosine", "linear"]
 
 
 @section
@@ -81,8 +82,10 @@ class TrainConfig:
     """Peak learning rate of everything without a rule of its own."""
     warmup_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.03
     """Share of the steps in which the learning rate rises linearly from 0."""
+    lr_schedule: LearningRateSchedule = "cosine"
+    """How the learning rate falls after that: half a cosine, or a line; constant with ``min_lr_ratio: 1``."""
     min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Learning rate at the end of the cosine, as a share of the peak."""
+    """Learning rate at the end, as a share of the peak."""
     weight_decay: NonNegative = 0.0
     """AdamW's decoupled decay; never on biases and norms."""
     adam_betas: tuple[float, float] = (0.9, 0.999)

@@ -16,14 +16,17 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from llava_scale.config import TrainConfig
+    from llava_scale.config.train import LearningRateSchedule
     from llava_scale.training.recipe import Recipe
 
 
-def lr_factor(step: int, *, total_steps: int, warmup_ratio: float, min_lr_ratio: float) -> float:
+def lr_factor(
+    step: int, *, total_steps: int, warmup_ratio: float, min_lr_ratio: float, schedule: LearningRateSchedule = "cosine"
+) -> float:
     """Share of the peak learning rate at optimizer step ``step`` (from 0).
 
     Linear to 1 over the first ``ceil(warmup_ratio * total_steps)`` steps (the first step is already above 0), then
-    half a cosine towards ``min_lr_ratio``, which it would reach at ``total_steps``.
+    half a cosine, or a line, towards ``min_lr_ratio``, which it would reach at ``total_steps``.
     """
     warmup_steps = math.ceil(warmup_ratio * total_steps)
     if step < warmup_steps:
@@ -31,7 +34,8 @@ def lr_factor(step: int, *, total_steps: int, warmup_ratio: float, min_lr_ratio:
     if step >= total_steps:
         return min_lr_ratio
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    left = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return min_lr_ratio + (1 - min_lr_ratio) * left
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe, weight_decay: float) -> list[dict[str, Any]]:

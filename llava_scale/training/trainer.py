@@ -358,6 +358,7 @@ class Trainer:
             total_steps=self.run.total_steps,
             warmup_ratio=self.config.warmup_ratio,
             min_lr_ratio=self.config.min_lr_ratio,
+            schedule=self.config.lr_schedule,
         )
 
     def _autocast(self) -> torch.autocast:

@@ -38,8 +38,8 @@ def test_singular_values_become_about_one_and_directions_stay(shape):
     matrices = torch.randn(shape)
     result = orthogonalize(matrices)
     values = torch.linalg.svdvals(result)
-    assert values.min() > 0.5
-    assert values.max() < 1.3
+    assert values.min() > 0.45
+    assert values.max() < 1.55
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
     inside = left.mT @ result @ right.mT
     assert (inside - torch.diag_embed(torch.diagonal(inside, dim1=-2, dim2=-1))).abs().max() < 1e-4

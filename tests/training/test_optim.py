@@ -32,9 +32,15 @@ def model() -> nn.Module:
     return nn.ModuleDict({"a": nn.Linear(3, 4), "norm": nn.LayerNorm(4), "b": nn.Linear(4, 2)})
 
 
-@given(total=st.integers(1, 500), warmup=st.floats(0, 1), floor=st.floats(0, 1))
-def test_the_learning_rate_rises_then_falls_and_is_never_zero_inside_the_run(total, warmup, floor):
-    factors = [lr_factor(step, total_steps=total, warmup_ratio=warmup, min_lr_ratio=floor) for step in range(total)]
+@given(
+    total=st.integers(1, 500),
+    warmup=st.floats(0, 1),
+    floor=st.floats(0, 1),
+    schedule=st.sampled_from(("cosine", "linear")),
+)
+def test_the_learning_rate_rises_then_falls_and_is_never_zero_inside_the_run(total, warmup, floor, schedule):
+    how = {"total_steps": total, "warmup_ratio": warmup, "min_lr_ratio": floor, "schedule": schedule}
+    factors = [lr_factor(step, **how) for step in range(total)]
     peak = math.ceil(warmup * total)
     assert all(0 < factor <= 1 for factor in factors)
     assert all(early < late for early, late in pairwise(factors[:peak]))
@@ -45,6 +51,13 @@ def test_the_learning_rate_rises_then_falls_and_is_never_zero_inside_the_run(tot
 def test_the_learning_rate_peaks_after_warm_up_and_halves_in_the_middle_of_the_cosine():
     values = [lr_factor(step, total_steps=110, warmup_ratio=10 / 110, min_lr_ratio=0.0) for step in (0, 9, 10, 60, 110)]
     assert values == pytest.approx([0.1, 1.0, 1.0, 0.5, 0.0])
+
+
+def test_a_linear_schedule_falls_by_the_same_each_step():
+    how = {"total_steps": 110, "warmup_ratio": 10 / 110, "min_lr_ratio": 0.2, "schedule": "linear"}
+    factors = [lr_factor(step, **how) for step in range(10, 111)]
+    assert factors[0] == 1.0
+    assert [early - late for early, late in pairwise(factors)] == pytest.approx([0.008] * 100)
 
 
 def test_biases_and_norms_never_decay(model):
