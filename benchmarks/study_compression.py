@@ -25,7 +25,7 @@ from study_questions import write_questions
 from study_table import write_results
 from transformers.utils.logging import disable_progress_bar
 
-from llava_scale.cli.eval import asking
+from llava_scale.cli.common import asking
 from llava_scale.config import Config, ModelConfig, load_config, to_dict
 from llava_scale.config.compressor import RatioConfig
 from llava_scale.data.dataset import open_dataset

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from rich.progress import TaskID
 
+    from llava_scale.errors import SampleError
+    from llava_scale.eval.tasks import Generate, Question
     from llava_scale.serving.engine import Engine
 
 
@@ -73,9 +75,23 @@ def load_engine(checkpoint: Path, device: str, dtype: Dtype) -> Engine:
     return engine.load_engine(checkpoint, device=device, dtype=dtype.value)
 
 
+def asking(engine: Engine, *, max_new_tokens: int = 64, batch_size: int = 16) -> Generate:
+    """Return the way in which ``eval`` asks ``engine``: greedily, in batches."""
+    from llava_scale.serving.engine import GenerationRequest
+
+    def generate(questions: Sequence[Question]) -> Sequence[str | SampleError]:
+        requests = [
+            GenerationRequest(turns=question.turns, media=question.media, change=question.change)
+            for question in questions
+        ]
+        return engine.try_generate(requests, max_new_tokens=max_new_tokens, batch_size=batch_size)
+
+    return generate
+
+
 @contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show named bars on the terminal; yields a function of (name, done, total)."""
+def progress(*, shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """Show named bars on the terminal, unless not ``shown``; yields a function of (name, done, total)."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -86,9 +102,10 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times)
     bars: dict[str, TaskID] = {}
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
 
         def show(name: str, done: int, total: int) -> None:
             if name not in bars:

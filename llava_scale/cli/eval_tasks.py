@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from llava_scale.cli.common import Dtype, load_engine, progress
-from llava_scale.cli.processes import run_in_processes
+from llava_scale.cli.common import Dtype, asking, load_engine, progress
+from llava_scale.cli.processes import TIMEOUT_S, run_in_processes
 
 if TYPE_CHECKING:
     from llava_scale.eval.task_file import TaskConfig
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from llava_scale.training.parallel import Ranks
 
 _SHOWN = 10  # left out samples on the terminal
-_TIMEOUT_S = 24 * 3600.0
-"""How long a process waits for the slowest one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,14 +60,13 @@ def evaluate_tasks(checkpoint: Path, files: Sequence[Path], options: TaskOptions
     if options.processes > 1 and "RANK" not in os.environ:
         raise typer.Exit(_start(checkpoint, files, options))
     try:
-        with open_ranks(os.environ, device=options.device, timeout_s=_TIMEOUT_S) as ranks:
+        with open_ranks(os.environ, device=options.device, timeout_s=TIMEOUT_S) as ranks:
             _run(checkpoint, tasks, options, ranks)
     except PeerError:
         raise typer.Exit(2) from None  # the first process tells why
 
 
 def _run(checkpoint: Path, tasks: Sequence[TaskConfig], options: TaskOptions, ranks: Ranks) -> None:
-    from llava_scale.cli.eval import asking
     from llava_scale.eval.answer_cache import checkpoint_digest
     from llava_scale.eval.task_result import write_tasks
     from llava_scale.eval.task_runner import TaskRunner
@@ -77,7 +74,7 @@ def _run(checkpoint: Path, tasks: Sequence[TaskConfig], options: TaskOptions, ra
 
     digest = ranks.from_first(lambda: _prepare(options) or checkpoint_digest(checkpoint))
     engine = load_engine(checkpoint, options.device, Dtype(options.dtype))
-    with progress() as show:
+    with progress(shown=ranks.is_first) as show:
         runner = TaskRunner(
             model=engine.model,
             processor=engine.processor,
@@ -85,7 +82,7 @@ def _run(checkpoint: Path, tasks: Sequence[TaskConfig], options: TaskOptions, ra
             digest=f"{digest}-{options.dtype}",
             cache=None if options.out is None else options.out / "answers",
             ranks=ranks,
-            on_progress=show if ranks.is_first else lambda name, done, total: None,
+            on_progress=show,
         )
         results = [runner.run(task) for task in tasks]
     if not ranks.is_first:

@@ -17,8 +17,7 @@ try:
 except ImportError:
     raise MissingExtraError("lmms-eval", "lmms") from None
 
-from llava_scale.cli.common import Dtype, load_engine
-from llava_scale.cli.eval import asking
+from llava_scale.cli.common import Dtype, asking, load_engine
 from llava_scale.errors import ConfigError
 from llava_scale.eval.choosing import Chooser
 from llava_scale.eval.lmms_eval import Answering, check_arguments

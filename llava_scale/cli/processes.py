@@ -9,10 +9,14 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+TIMEOUT_S = 24 * 3600.0
+"""How long a process waits for the slowest one where they seldom meet."""
 
 _GRACE_S = 60.0
 """How long the others may go on after one process failed: they notice by themselves, and may be saving."""
@@ -28,6 +32,8 @@ def run_in_processes(arguments: Sequence[str], number: int) -> int:
         port = free.getsockname()[1]
     threads = max(1, len(os.sched_getaffinity(0)) // number)
     shared = {"OMP_NUM_THREADS": str(threads), **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if not {"", str(Path.cwd())} & set(sys.path):
+        shared["PYTHONSAFEPATH"] = "1"  # "-m" would look for this package in the current folder first
     command = [sys.executable, "-m", "llava_scale", *arguments]
     children = [
         subprocess.Popen(command, env={**shared, "WORLD_SIZE": str(number), "RANK": str(rank), "LOCAL_RANK": str(rank)})

@@ -35,7 +35,7 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="Run folder; what is there already is used again.")] = Path(
         "runs/quickstart"
     ),
-    num_samples: Annotated[int, typer.Option(min=1, help="Training samples.")] = 30_000,
+    num_samples: Annotated[int, typer.Option(min=1, help="Training samples.")] = 27_000,
     num_test: Annotated[int, typer.Option(min=1, help="Test samples.")] = 1_500,
 ) -> None:
     """Make synthetic data, pack it, train, evaluate on held-out data, answer questions and write a report.
@@ -158,10 +158,14 @@ def _same_settings(config: Config, saved: Path) -> bool:
 
 
 def _evaluate(config: Config, shards: Path) -> None:
-    from llava_scale.cli.eval import evaluate
+    from llava_scale.cli.eval_data import DataOptions, evaluate_data
 
     folder = Path(config.train.output_dir)
-    evaluate(folder / "final", data=str(shards), out=folder / "eval", batch_size=64, shuffle_frames=True, device="cpu")
+    processes = _num_processes(config)
+    options = DataOptions(
+        data=str(shards), out=folder / "eval", batch_size=64, shuffle_frames=True, device="cpu", processes=processes
+    )
+    evaluate_data(folder / "final", options)
 
 
 def _answer(config: Config, out: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -101,8 +101,13 @@ def build_projector(name: str, in_width: int, out_width: int, *, input_norm: boo
 
 def parse_compressor(fields: dict[str, Any]) -> CompressorConfig:
     """The section that ``fields``, as saved in a checkpoint, describe."""
-    section: CompressorConfig = TypeAdapter(CompressorConfig).validate_python(fields)
+    section: CompressorConfig = _sections().validate_python(fields)
     return section
+
+
+@cache
+def _sections() -> TypeAdapter[CompressorConfig]:
+    return TypeAdapter(CompressorConfig)  # takes milliseconds to make, and sections are asked for with each medium
 
 
 def _merging(config: TokenMergingConfig) -> Compressor:

@@ -18,6 +18,7 @@ from llava_scale.data.planner import PlannedSample, RowPlan
 from llava_scale.eval.metrics import Share, rank_of, top_k
 from llava_scale.model import row_inputs
 from llava_scale.model.attention import PACKED
+from llava_scale.training.parallel import Ranks
 from llava_scale.types import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -87,6 +88,11 @@ class HeldOutLoss:
         self._sum += float(output.loss)
         self.num_tokens += row.num_supervised
 
+    def add_up(self, ranks: Ranks) -> None:
+        """Let every process have the loss over what all of them counted."""
+        self._sum, num_tokens = ranks.totals([self._sum, self.num_tokens])
+        self.num_tokens = int(num_tokens)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptionRanking:
@@ -129,6 +135,7 @@ def rank_captions(
     *,
     num_candidates: int,
     seed: int = 0,
+    ranks: Ranks | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> CaptionRanking:
     """Rank each sample's own answer among the answers of the others.
@@ -137,29 +144,32 @@ def rank_captions(
 
     Args:
         model: In evaluation mode.
-        rows: Each holds one sample, whose first answer is its caption. Equal captions count as one candidate.
+        rows: Each holds one sample, whose first answer is its caption. Equal captions count as one candidate. Of
+            several processes each has its own rows, and their captions are candidates for all.
         num_candidates: Captions to compare, own included: all there are, or the own one and a draw of the others.
         seed: Of the draw.
-        on_progress: Called with the samples done and the samples in all.
+        ranks: The processes that share the samples; None is this one alone.
+        on_progress: Called with the samples done and the samples of this process.
 
     Raises:
         ValueError: fewer than two different captions.
     """
+    ranks = ranks or Ranks()
     captions = [split_caption(row)[1] for row in rows]
-    distinct = sorted(set(captions), key=lambda caption: (len(caption), caption))
+    distinct = sorted(set().union(*ranks.gather(captions)), key=lambda caption: (len(caption), caption))
     if len(distinct) < 2 or num_candidates < 2:
         raise ValueError(f"ranking needs two different captions or more, got {min(len(distinct), num_candidates)}")
-    mean_ranks, sum_ranks = [], []
+    placed: list[tuple[int, int]] = []
     for done, (row, own) in enumerate(zip(rows, captions, strict=True)):
         chosen = _candidates(distinct, own, num_candidates, random.Random(f"{seed}:{row.keys[0]}"))
         totals = caption_scores(model, row, chosen)
         own_place = chosen.index(own)
-        sum_ranks.append(rank_of(totals, own_place))
         means = [total / len(caption) for total, caption in zip(totals, chosen, strict=True)]
-        mean_ranks.append(rank_of(means, own_place))
+        placed.append((rank_of(means, own_place), rank_of(totals, own_place)))
         on_progress(done + 1, len(rows))
+    mean_ranks, sum_ranks = zip(*(pair for pairs in ranks.gather(placed) for pair in pairs), strict=True)
     return CaptionRanking(
-        num_samples=len(rows),
+        num_samples=len(mean_ranks),
         num_candidates=min(num_candidates, len(distinct)),
         top1=top_k(mean_ranks, 1),
         top5=top_k(mean_ranks, 5),

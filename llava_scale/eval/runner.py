@@ -16,6 +16,7 @@ from llava_scale.eval.likelihood import CaptionRanking, HeldOutLoss, RowMaker, r
 from llava_scale.eval.metrics import Share, blind_matches, exact_match, share_of
 from llava_scale.eval.result import EvalResult, Example, film_strip, thumbnail
 from llava_scale.eval.tasks import MODALITIES, BlindGenerate, Generate, Question, questions_of
+from llava_scale.training.parallel import Ranks
 from llava_scale.types import SkippedSample
 
 if TYPE_CHECKING:
@@ -68,12 +69,13 @@ def evaluate(
     *,
     checkpoint: str = "",
     settings: EvalSettings | None = None,
+    ranks: Ranks | None = None,
     on_progress: OnProgress = lambda part, done, total: None,
 ) -> EvalResult:
     """Held-out loss, exact match beside blind scores, and caption ranking.
 
     Every answer of a conversation is asked for, with the true history before it. The model is put into evaluation mode
-    and back.
+    and back. Every process gets the whole result, the examples only the first.
 
     Args:
         model: What is evaluated.
@@ -82,7 +84,8 @@ def evaluate(
         generate: Answers questions with this model; greedy, so that results repeat.
         checkpoint: Name of the model in the result.
         settings: What is evaluated.
-        on_progress: Hears how far it is.
+        ranks: The processes that share the samples, each of which calls this; None is this one alone.
+        on_progress: Hears how far this process is.
 
     Raises:
         SampleError: no sample can be used; names the first.
@@ -92,7 +95,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        run = _Evaluation(model, processor, dataset, generate, options, on_progress)
+        run = _Evaluation(model, processor, dataset, generate, options, ranks or Ranks(), on_progress)
         run.read_all()
         ranking = run.rank() if options.ranking else None
         return run.result(checkpoint, ranking)
@@ -126,6 +129,7 @@ class _Evaluation:
     dataset: ShardedDataset
     generate: Generate
     settings: EvalSettings
+    ranks: Ranks
     on_progress: OnProgress
     answered: list[_Answered] = field(default_factory=list)
     skipped: list[SkippedSample] = field(default_factory=list)
@@ -145,20 +149,33 @@ class _Evaluation:
 
     def read_all(self) -> None:
         """Loss and answers of every chosen sample."""
-        chosen = spread(len(self.dataset), self.settings.limit)
+        chosen = spread(len(self.dataset), self.settings.limit)[self.ranks.rank :: self.ranks.size]
         for start in range(0, len(chosen), _CHUNK):
             numbers = chosen[start : start + _CHUNK]
             self.on_progress("samples", start, len(chosen))
             samples = self._usable(numbers)
             self._ask([question for number, sample in samples for question in questions_of(sample, number)])
         self.on_progress("samples", len(chosen), len(chosen))
+        self._join()
         if not self.num_samples:
             first = self.skipped[0]
             raise SampleError(
-                f"no sample of {len(chosen):,} can be used, this one because: {first.reason}",
+                f"no sample of {len(self.skipped):,} can be used, this one because: {first.reason}",
                 shard=first.shard,
                 key=first.key,
             )
+
+    def _join(self) -> None:
+        """Put together what the processes found, in the order of the samples."""
+        self.loss.add_up(self.ranks)
+        self.num_samples = self.ranks.total(self.num_samples)
+        self.answered = [item for items in self.ranks.gather(self.answered) for item in items]
+        self.answered.sort(key=lambda item: item.question.number)
+        self.skipped = [item for items in self.ranks.gather(self.skipped) for item in items]
+        self.skipped.sort(key=lambda item: (item.shard, item.key))
+        for seconds in self.ranks.gather(dict(self.seconds)):
+            for part, spent in seconds.items():
+                self.seconds[part] = max(self.seconds[part], spent)
 
     def _usable(self, numbers: Sequence[int]) -> list[tuple[int, Sample]]:
         """Add the loss of samples, and return those that the model can take."""
@@ -219,12 +236,14 @@ class _Evaluation:
                     [self.rows.row([number])[0] for number in self.captioned],
                     num_candidates=self.settings.ranking,
                     seed=self.settings.seed,
+                    ranks=self.ranks,
                     on_progress=lambda done, total: self.on_progress("ranking", done, total),
                 )
             except ValueError:
+                num_captioned = self.ranks.total(len(self.captioned))
                 found = sorted({item.question.task or "(none)" for item in self.answered})
                 raise ConfigError(
-                    f"ranking needs two different captions or more, but {len(self.captioned)} samples with pictures "
+                    f"ranking needs two different captions or more, but {num_captioned} samples with pictures "
                     f"have the task {task!r}; tasks here: {', '.join(found)} (choose with --ranking-task)"
                 ) from None
 
@@ -253,7 +272,7 @@ class _Evaluation:
             shuffled_frames=_shares(shuffled, modalities, MODALITIES),
             shuffled_frames_by_task=_shares(shuffled, tasks),
             ranking=ranking,
-            examples=tuple(self._examples()),
+            examples=tuple(self._examples()) if self.ranks.is_first else (),
             skipped=tuple(self.skipped),
             seconds=dict(self.seconds),
         )

@@ -9,7 +9,7 @@ from llava_scale.cli import build_app
 from llava_scale.config import ModelConfig
 from llava_scale.errors import ConfigError
 from llava_scale.model import build_model
-from tests.eval.conftest import picture
+from tests.eval.conftest import picture, write_shard
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +65,6 @@ def test_what_to_evaluate_must_be_said(checkpoint, tasks, tmp_path):
         invoke("eval", checkpoint)
     with pytest.raises(ConfigError, match="either task files"):
         invoke("eval", checkpoint, "--data", tmp_path, "--tasks", tasks[0])
-    with pytest.raises(ConfigError, match="--processes is for task files"):
-        invoke("eval", checkpoint, "--data", tmp_path, "--processes", 2)
     with pytest.raises(ConfigError, match="task names must differ"):
         invoke("eval", checkpoint, "--tasks", tasks[0], tasks[0])
 
@@ -80,3 +78,22 @@ def test_two_processes_write_what_one_writes(checkpoint, tasks, tmp_path):
     assert len(list((tmp_path / "two/answers").glob("written-*.jsonl"))) == 2
     for name in ("answers-written.jsonl", "answers-chosen.jsonl"):
         assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_find_on_packed_data_what_one_finds(checkpoint, tmp_path):
+    shards = write_shard(tmp_path / "shards", broken=(3, 18))
+    arguments = ("eval", checkpoint, "--data", shards, "--ranking", 4, "--examples", 6, "--max-new-tokens", 4)
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        done = invoke(*arguments, "--out", out, "--processes", processes)
+        assert done.exit_code == 0
+        found.append(json.loads((out / "eval.json").read_text()))
+    one, two = found
+    assert one.pop("loss") == pytest.approx(two.pop("loss"), rel=1e-6)
+    assert set(one.pop("seconds")) == set(two.pop("seconds"))
+    assert one == two
+    assert one["num_samples"] == 30
+    assert len(one["skipped"]) == 2
+    assert one["ranking"]["num_samples"] == 8

@@ -51,7 +51,7 @@ def records() -> list[tuple[dict[str, Any], list[bytes]]]:
     return made
 
 
-def _write(folder: Path, broken: tuple[int, ...] = ()) -> Path:
+def write_shard(folder: Path, broken: tuple[int, ...] = ()) -> Path:
     folder.mkdir(parents=True)
     with tarfile.open(folder / "shard-00000.tar", "w") as tar:
         for i, (record, pictures) in enumerate(records()):
@@ -72,7 +72,7 @@ def tiny():
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval")
-    return _write(folder / "test"), str(folder / "cache")
+    return write_shard(folder / "test"), str(folder / "cache")
 
 
 @pytest.fixture(scope="session")
@@ -82,4 +82,4 @@ def dataset(shards):
 
 @pytest.fixture
 def dataset_with_broken(tmp_path):
-    return open_dataset(str(_write(tmp_path / "broken", broken=(0, 30))), cache_dir=str(tmp_path / "cache"))
+    return open_dataset(str(write_shard(tmp_path / "broken", broken=(0, 30))), cache_dir=str(tmp_path / "cache"))
