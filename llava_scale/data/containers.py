@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from llava_scale.errors import ConfigError, SampleError
@@ -24,6 +25,7 @@ _ATTACHED_PICTURE = 0x400
 _BUFFER_BYTES = 1 << 18
 _DISCARD_ALL = 48  # FFmpeg's AVDISCARD_ALL
 _MAX_ERRORS_IN_A_ROW = 2_000
+_PACKETS_AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,22 +92,24 @@ def packets_of(container: Any, stream: Any, limits: MediaLimits) -> Iterator[Any
     number = errors = 0
     packets = container.demux(stream)
     while True:
+        some: list[Any] = []
+        failure = None
         try:
-            packet = next(packets, None)
+            some.extend(islice(packets, _PACKETS_AT_ONCE))  # keeps what came before an error
         except av.FFmpegError as error:
-            errors += 1
-            if isinstance(error, EOFError) or errors > _MAX_ERRORS_IN_A_ROW:
+            failure = error
+        kept = [packet for packet in some if packet.size]  # the last one is empty: it tells the decoder to finish
+        number += len(kept)
+        if number > limits.max_packets:
+            raise SampleError(f"the file has more than {limits.max_packets} packets, the limit")
+        yield from kept
+        if failure is not None:
+            errors = 1 if kept else errors + 1
+            if isinstance(failure, EOFError) or errors > _MAX_ERRORS_IN_A_ROW:
                 return
             packets = container.demux(stream)
-            continue
-        if packet is None:
+        elif len(some) < _PACKETS_AT_ONCE:
             return
-        if packet.size:  # the last one is empty: it tells the decoder to finish
-            errors = 0
-            number += 1
-            if number > limits.max_packets:
-                raise SampleError(f"the file has more than {limits.max_packets} packets, the limit")
-            yield packet
 
 
 def decoded(context: Any, packet: Any) -> tuple[Iterable[Any], bool]:

@@ -86,6 +86,8 @@ class VideoReader:
         sought = self._sought = start_s > _SEEK_FROM_S
         if sought:
             container.seek(int(start_s / base), stream=stream)
+        elif end_s is None:
+            return list(packets_of(container, stream, self._limits))
         packets: list[Any] = []
         for packet in packets_of(container, stream, self._limits):
             if sought and not packets and not (packet.is_keyframe and packet.pts is not None):
@@ -102,19 +104,19 @@ class VideoReader:
     def _list_frames(self) -> None:
         """Number the frames in the order they are shown."""
         packets, base = self._packets, float(self.stream.time_base)
-        shown = [place for place, packet in enumerate(packets) if not packet.is_discard]
+        shown = [(packet.pts, place) for place, packet in enumerate(packets) if not packet.is_discard]
         self._pts: list[int] = []
         self._places: list[int] = []
-        if any(packets[place].pts is None for place in shown):  # AVI: the decoder alone knows the order
+        if any(pts is None for pts, _ in shown):  # AVI: the decoder alone knows the order
             rate = float(self.stream.average_rate or self.stream.guessed_rate or 25)
             self.times_s = [number / rate for number in range(len(shown))]
             self.end_s = len(shown) / rate
             return
-        place_of = {packets[place].pts: place for place in reversed(shown)}  # the first of equal stamps counts
+        place_of = dict(reversed(shown))  # the first of equal stamps counts
         self._pts = sorted(place_of)
         self._places = [place_of[pts] for pts in self._pts]
-        keys = [place for place, packet in enumerate(packets) if packet.is_keyframe and packet.pts is not None]
-        self._keys = sorted((packets[place].pts, place) for place in keys)
+        keys = [(packet.pts, place) for place, packet in enumerate(packets) if packet.is_keyframe]
+        self._keys = sorted(key for key in keys if key[0] is not None)
         self.times_s = [pts * base for pts in self._pts]
         self.end_s = 0.0
         if self._pts:
