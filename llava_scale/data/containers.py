@@ -86,9 +86,7 @@ def packets_of(container: Any, stream: Any, limits: MediaLimits) -> Iterator[Any
     """
     import av
 
-    for other in container.streams:
-        if other.index != stream.index and hasattr(other, "discard"):
-            other.discard = _DISCARD_ALL
+    leave_out_others(container, stream)
     number = errors = 0
     packets = container.demux(stream)
     while True:
@@ -110,6 +108,13 @@ def packets_of(container: Any, stream: Any, limits: MediaLimits) -> Iterator[Any
             packets = container.demux(stream)
         elif len(some) < _PACKETS_AT_ONCE:
             return
+
+
+def leave_out_others(container: Any, stream: Any) -> None:
+    """Read no packets of other streams."""
+    for other in container.streams:
+        if other.index != stream.index and hasattr(other, "discard"):
+            other.discard = _DISCARD_ALL
 
 
 def decoded(context: Any, packet: Any) -> tuple[Iterable[Any], bool]:

@@ -6,6 +6,7 @@ Legend: ``F`` frames, ``H``/``W`` pixels, ``S`` side of the model's square pictu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from llava_scale.data.containers import MediaLimits, PartialPolicy, opened
 from llava_scale.data.media import ImageTransform
 from llava_scale.data.records import split_frames
 from llava_scale.data.sampling import FrameSampling
+from llava_scale.data.video_index import IndexedReader, IndexMismatchError
 from llava_scale.data.video_reader import VideoReader
 from llava_scale.errors import SampleError
 
@@ -86,11 +88,13 @@ class VideoTransform:
         if end_s is not None and end_s <= start_s:
             raise SampleError(f"the clip ends at {end_s} s, not after its start at {start_s} s")
         with opened(data, "video") as container:
-            reader = VideoReader(container, self.limits, start_s, end_s)
-            if reader.cut_off and self.partial == "forbid":
-                raise SampleError(f"{reader.cut_off}: it is cut off (data.partial: allow would use the rest)")
-            chosen = self._choose(reader, planned, start_s, end_s)
-            return self._frames(reader, chosen)
+            indexed = IndexedReader.of(container, self.limits) if not start_s and end_s is None else None
+            if indexed is None:
+                return self._sampled(VideoReader(container, self.limits, start_s, end_s), planned, start_s, end_s)
+            with suppress(IndexMismatchError):
+                return self._sampled(indexed, planned, start_s, end_s)
+        with opened(data, "video") as container:
+            return self._sampled(VideoReader(container, self.limits), planned, start_s, end_s)
 
     def stored(self, data: bytes, times_s: Sequence[float] = (), *, planned: MediaInfo | None = None) -> VideoFrames:
         """Frames of a video that was stored as pictures (``records.join_frames``).
@@ -113,6 +117,13 @@ class VideoTransform:
         for place, number in enumerate(chosen):
             self.image(pictures[number][1], out=block[place])
         return VideoFrames(block, tuple(times[number] for number in chosen))
+
+    def _sampled(
+        self, reader: VideoReader, planned: MediaInfo | None, start_s: float, end_s: float | None
+    ) -> VideoFrames:
+        if reader.cut_off and self.partial == "forbid":
+            raise SampleError(f"{reader.cut_off}: it is cut off (data.partial: allow would use the rest)")
+        return self._frames(reader, self._choose(reader, planned, start_s, end_s))
 
     def _choose(self, reader: VideoReader, planned: MediaInfo | None, start_s: float, end_s: float | None) -> list[int]:
         """Numbers of the frames to decode."""

@@ -37,7 +37,7 @@ class VideoReader:
     """
 
     def __init__(self, container: Any, limits: MediaLimits, start_s: float = 0.0, end_s: float | None = None) -> None:
-        self.stream = _stream_of(container, limits)
+        self.stream = stream_of(container, limits)
         self._limits = limits
         self.num_errors = 0
         self.cut_off = ""
@@ -45,7 +45,7 @@ class VideoReader:
         self._packets = self._read(container, start_s, end_s)
         self._list_frames()
         if end_s is None:
-            self.cut_off = self._missing(container)
+            self.cut_off = self._missing(container, len(self._packets))
 
     def within(self, start_s: float, end_s: float | None) -> tuple[list[int], list[float], float]:
         """Numbers of the frames that are shown in a clip, when each begins in it, and when the last one ends.
@@ -70,14 +70,14 @@ class VideoReader:
         for first, group in groupby(wanted, key=self._start_of):
             pts = {self._pts[number]: number for number in group}
             last = max(self._places[number] for number in pts.values())
-            yield from self._run(first, last, pts)
+            yield from self._run(self._packets[first : last + 1], pts)
 
     def decode_all(self) -> Iterator[tuple[int, Any]]:
         """(number, frame) of every frame that can be decoded, from the first packet to the last."""
         if not self._pts:
             yield from self._count(set(range(len(self.times_s))))
         else:
-            yield from self._run(0, len(self._packets) - 1, {pts: number for number, pts in enumerate(self._pts)})
+            yield from self._run(self._packets, {pts: number for number, pts in enumerate(self._pts)})
 
     def _read(self, container: Any, start_s: float, end_s: float | None) -> list[Any]:
         """All packets, or those from the last key frame before the clip to the first one behind it."""
@@ -123,10 +123,11 @@ class VideoReader:
             typical = (self._pts[-1] - self._pts[0]) / max(1, len(self._pts) - 1)
             self.end_s = (self._pts[-1] + (packets[self._places[-1]].duration or typical or 1)) * base
 
-    def _missing(self, container: Any) -> str:
+    def _missing(self, container: Any, num_packets: int) -> str:
+        """What the header promises beyond what was found."""
         stream = self.stream
-        if stream.frames > len(self._packets) and not self._sought:
-            return f"the header promises {stream.frames} frames and the file holds {len(self._packets)}"
+        if stream.frames > num_packets and not self._sought:
+            return f"the header promises {stream.frames} frames and the file holds {num_packets}"
         end_s = seconds(stream.duration, stream.time_base)
         if end_s is not None:
             end_s += seconds(stream.start_time, stream.time_base) or 0.0
@@ -143,12 +144,11 @@ class VideoReader:
         position = bisect_right(self._keys, (self._pts[number], len(self._packets)))
         return self._keys[position - 1][1] if position else 0
 
-    def _run(self, first: int, last: int, wanted: dict[int, int]) -> Iterator[tuple[int, Any]]:
-        """Decode packets ``first`` to ``last`` and give out the frames whose stamps are wanted."""
+    def _run(self, packets: Sequence[Any], wanted: dict[int, int]) -> Iterator[tuple[int, Any]]:
+        """Decode packets, the first of which is a key frame, and give out the frames whose stamps are wanted."""
         context = self._context()
         skipping = None
-        for place in range(first, last + 1):
-            packet = self._packets[place]
+        for packet in packets:
             skip = packet.pts not in wanted
             if skip is not skipping:  # pictures that nothing refers to need not be decoded
                 context.skip_frame = "NONREF" if skip else "DEFAULT"
@@ -189,7 +189,12 @@ class VideoReader:
         return frames
 
 
-def _stream_of(container: Any, limits: MediaLimits) -> Any:
+def stream_of(container: Any, limits: MediaLimits) -> Any:
+    """The pictures of a file.
+
+    Raises:
+        SampleError: there are none, no decoder for them, or over a limit.
+    """
     stream = container.streams.best("video")
     if stream is None:
         raise SampleError("video file without pictures")
