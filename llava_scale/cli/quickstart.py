@@ -35,7 +35,7 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="Run folder; what is there already is used again.")] = Path(
         "runs/quickstart"
     ),
-    num_samples: Annotated[int, typer.Option(min=1, help="Training samples.")] = 28_000,
+    num_samples: Annotated[int, typer.Option(min=1, help="Training samples.")] = 29_000,
     num_test: Annotated[int, typer.Option(min=1, help="Test samples.")] = 1_500,
 ) -> None:
     """Make synthetic data, pack it, train, evaluate on held-out data, answer questions and write a report.

@@ -85,10 +85,10 @@ def make_text(rng: random.Random, split: Split, num_turns: int) -> ToySample:
 
 
 MAKERS: dict[str, dict[Callable[[random.Random, Split, int], ToySample], float]] = {
-    "image": {make_one_picture: 0.86, make_two_pictures: 0.05},
+    "image": {make_one_picture: 0.87, make_two_pictures: 0.05},
     "text": {make_text: 0.05},
     "video": {make_clip: 0.29},
-    "audio": {make_sound: 0.07},
+    "audio": {make_sound: 0.06},
     "video_audio": {make_sight_and_sound: 0.05},
 }
 """Makers of samples by modality, with their shares relative to each other."""
