@@ -48,9 +48,10 @@ class IndexedReader(VideoReader):
         number = stream.frames
         if not _PAYS_FROM <= number <= limits.max_packets or not container.format.name.startswith("mov"):
             return None
-        if len(stream.index_entries) != number or stream.start_time is None:
+        listed = getattr(stream, "index_entries", ())  # older versions of PyAV do not show them
+        if len(listed) != number or stream.start_time is None:
             return None
-        entries = [(entry.timestamp, entry.flags, entry.pos + entry.size) for entry in stream.index_entries]
+        entries = [(entry.timestamp, entry.flags, entry.pos + entry.size) for entry in listed]
         stamps, flags, ends = zip(*entries, strict=True)
         step = stamps[1] - stamps[0]
         is_even = step > 0 and stamps == tuple(range(stamps[0], stamps[0] + number * step, step))
