@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from llava_scale.errors import SampleError
     from llava_scale.eval.tasks import Generate, Question
     from llava_scale.serving.engine import Engine
+    from llava_scale.types import SkippedSample
+
+_SHOWN = 10  # left out samples on the terminal
 
 
 class Dtype(str, enum.Enum):
@@ -87,6 +90,14 @@ def asking(engine: Engine, *, max_new_tokens: int = 64, batch_size: int = 16) ->
         return engine.try_generate(requests, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
     return generate
+
+
+def print_left_out(skipped: Sequence[SkippedSample], *, name: str = "") -> None:
+    """Tell on stderr which samples an evaluation (of the task ``name``) could not use, the first of them one by one."""
+    for item in skipped[:_SHOWN]:
+        typer.echo(f"left out: {item.shard}: {item.key}: {item.reason}", err=True)
+    if skipped:
+        typer.echo(f"{name and f'{name}: '}{len(skipped):,} samples or questions left out", err=True)
 
 
 @contextmanager

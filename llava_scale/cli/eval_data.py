@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from llava_scale.cli.common import Dtype, asking, load_engine, progress
+from llava_scale.cli.common import Dtype, asking, load_engine, print_left_out, progress
 from llava_scale.cli.processes import TIMEOUT_S, run_in_processes
 
 if TYPE_CHECKING:
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from llava_scale.eval.metrics import Share
     from llava_scale.eval.result import EvalResult
     from llava_scale.training.parallel import Ranks
-
-_SHOWN = 10  # bad samples on the terminal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,13 +73,13 @@ def evaluate_data(checkpoint: Path, options: DataOptions) -> None:
     Raises:
         ConfigError, ShardError, SampleError: as ``eval.runner.evaluate``.
     """
-    from llava_scale.training.process_group import open_ranks
-
     if options.processes > 1 and "RANK" not in os.environ:
         code = run_in_processes(["eval", str(checkpoint), *options.arguments()], options.processes)
         if code:
             raise typer.Exit(code)
         return
+    from llava_scale.training.process_group import open_ranks
+
     with open_ranks(os.environ, device=options.device, timeout_s=TIMEOUT_S) as ranks:
         _run(checkpoint, options, ranks)
 
@@ -157,10 +155,7 @@ def print_scores(result: EvalResult) -> None:
                 f"{ranking.num_candidates:,}: top 1 {first.value:.1%}, top 5 {fifth.value:.1%} "
                 f"(chance {ranking.chance(1):.1%}, {ranking.chance(5):.1%})"
             )
-    for item in result.skipped[:_SHOWN]:
-        typer.echo(f"left out: {item.shard}: {item.key}: {item.reason}", err=True)
-    if result.skipped:
-        typer.echo(f"{len(result.skipped):,} samples or questions left out", err=True)
+    print_left_out(result.skipped)
 
 
 def _score_cells(group: str, share: Share, others: Sequence[Share | None]) -> list[str]:

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from llava_scale.cli.common import Dtype, asking, load_engine, progress
+from llava_scale.cli.common import Dtype, asking, load_engine, print_left_out, progress
 from llava_scale.cli.processes import TIMEOUT_S, run_in_processes
 
 if TYPE_CHECKING:
     from llava_scale.eval.task_file import TaskConfig
     from llava_scale.eval.task_result import TaskResult
     from llava_scale.training.parallel import Ranks
-
-_SHOWN = 10  # left out samples on the terminal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +48,6 @@ def evaluate_tasks(checkpoint: Path, files: Sequence[Path], options: TaskOptions
     """
     from llava_scale.errors import ConfigError
     from llava_scale.eval.task_file import load_task
-    from llava_scale.training.parallel import PeerError
-    from llava_scale.training.process_group import open_ranks
 
     tasks = [load_task(path) for path in files]
     names = [task.name for task in tasks]
@@ -59,6 +55,9 @@ def evaluate_tasks(checkpoint: Path, files: Sequence[Path], options: TaskOptions
         raise ConfigError(f"task names must differ, got {', '.join(names)}; set 'name' in the files")
     if options.processes > 1 and "RANK" not in os.environ:
         raise typer.Exit(_start(checkpoint, files, options))
+    from llava_scale.training.parallel import PeerError
+    from llava_scale.training.process_group import open_ranks
+
     try:
         with open_ranks(os.environ, device=options.device, timeout_s=TIMEOUT_S) as ranks:
             _run(checkpoint, tasks, options, ranks)
@@ -126,7 +125,4 @@ def print_results(results: Sequence[TaskResult]) -> None:
     for result in results:
         if result.num_cached:
             typer.echo(f"{result.task.name}: {result.num_cached:,} answers were there already")
-        for item in result.skipped[:_SHOWN]:
-            typer.echo(f"left out: {item.shard}: {item.key}: {item.reason}", err=True)
-        if result.skipped:
-            typer.echo(f"{result.task.name}: {len(result.skipped):,} samples or questions left out", err=True)
+        print_left_out(result.skipped, name=result.task.name)

@@ -145,7 +145,7 @@ class VideoReader:
         return self._keys[position - 1][1] if position else 0
 
     def _run(self, packets: Sequence[Any], wanted: dict[int, int]) -> Iterator[tuple[int, Any]]:
-        """Decode packets, the first of which is a key frame, and give out the frames whose stamps are wanted."""
+        """Decode packets in their order and give out the frames whose stamps are wanted."""
         context = self._context()
         skipping = None
         for packet in packets:
